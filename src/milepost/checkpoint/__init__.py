@@ -1,0 +1,1 @@
+"""Train state on disk: whole or absent; knows nothing of models."""

@@ -1,0 +1,82 @@
+"""Which train states stay, and finding the newest checkpoint that can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from milepost.checkpoint.store import STATE_FOLDER, verify_checkpoint
+from milepost.core.errors import CheckpointError
+from milepost.core.files import delete_folder, move_aside
+from milepost.runs.layout import RunLayout, checkpoint_folders
+
+
+class Restorable(NamedTuple):
+    """A verified checkpoint with a train state."""
+
+    step: int
+    folder: Path
+    sha256: str
+
+
+def steps_to_drop(steps: list[int], *, keep: int, every_steps: int | None) -> list[int]:
+    """Steps whose train state goes: all but the newest `keep` and multiples of `every_steps`."""
+    old = sorted(steps)[:-keep]
+    return [step for step in old if every_steps is None or step % every_steps]
+
+
+def drop_old_train_states(
+    layout: RunLayout,
+    *,
+    keep: int,
+    every_steps: int | None,
+    record: Callable[[int], None],
+) -> None:
+    """Drops train states by the rule of `steps_to_drop`; weights always stay.
+
+    Each is recorded, renamed away, then deleted, so that a missing one is never taken for damage.
+
+    Raises:
+        StorageError: the folder cannot be changed.
+    """
+    with_state = [s for s, f in checkpoint_folders(layout) if (f / STATE_FOLDER).is_dir()]
+    for step in steps_to_drop(with_state, keep=keep, every_steps=every_steps):
+        doomed = layout.checkpoints / f".deleted-{STATE_FOLDER}-{step:08d}"
+        record(step)
+        delete_folder(layout.checkpoint(step) / STATE_FOLDER, doomed=doomed)
+
+
+def newest_restorable(
+    layout: RunLayout,
+    *,
+    run_id: str,
+    dropped: set[int],
+    quarantined: Callable[[int, Path, str], None],
+) -> Restorable | None:
+    """The newest checkpoint with a train state whose every byte is as its manifest says.
+
+    Damaged ones that are met on the way are moved to the quarantine folder and reported.
+
+    Args:
+        layout: the run folder.
+        run_id: checkpoints of another run are damage.
+        dropped: steps whose train state was dropped on purpose.
+        quarantined: called with step, new place and reason for each damaged checkpoint.
+
+    Raises:
+        StorageError: a damaged checkpoint cannot be moved.
+    """
+    for step, folder in reversed(checkpoint_folders(layout)):
+        try:
+            if not (folder / STATE_FOLDER).exists():
+                if step in dropped:
+                    continue
+                raise CheckpointError(f"{folder / STATE_FOLDER} is missing")
+            sha256 = verify_checkpoint(folder, run_id=run_id, step=step)
+        except CheckpointError as error:
+            place = move_aside(folder, folder=layout.quarantine)
+            quarantined(step, place, error.message)
+            continue
+        return Restorable(step, folder, sha256)
+    return None

@@ -1,0 +1,92 @@
+"""The command line: finds the verb, runs it, turns errors into messages and exit codes.
+
+Verbs are named by import path, so that `--help` loads none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from milepost import __version__
+from milepost.core.console import say, say_error
+from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE, MilepostError, UsageError
+
+VERBS = {
+    "demo": "The whole road in miniature on the CPU, in a few minutes.",
+    "train": "Start a run, or continue it exactly.",
+    "sample": "Let checkpoints continue a text.",
+    "report": "Write the trajectory report of a run.",
+    "plan": "Say what a recipe costs before anything is spent.",
+    "doctor": "Say what this machine has and what will be used.",
+}
+
+DATA_VERBS = {
+    "prepare": "Turn documents into shards of token ids.",
+    "inspect": "Show what is in the shards, and which documents a step saw.",
+}
+
+
+def build_app(words: Sequence[str] = ()) -> App:
+    """The application with every verb.
+
+    Args:
+        words: the command line. A verb in it shows the help of its own docstring; for the others
+            the line given here stands in, so that nothing is imported.
+    """
+    app = App(
+        name="milepost",
+        help="Pretrain a LLaMA from scratch, exactly, and see every mile of the way.",
+        version=__version__,
+        help_format="markdown",
+    )
+    for verb, text in VERBS.items():
+        app.command(f"milepost.cli.{verb}:{verb}", name=verb, help=None if verb in words else text)
+    data = App(name="data", help="Prepare and inspect data.")
+    for verb, text in DATA_VERBS.items():
+        data.command(f"milepost.cli.data:{verb}", name=verb, help=None if verb in words else text)
+    app.command(data)
+    return app
+
+
+def run(words: Sequence[str]) -> int:
+    """Runs one command line; returns the exit code.
+
+    Args:
+        words: the words after the program's name; `--debug` anywhere shows tracebacks.
+    """
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        build_app(words)(words, exit_on_error=False, print_error=False, result_action="return_none")
+    except CycloptsError as error:
+        verb = " ".join(["milepost", *words[:1]]) if words else "milepost"
+        say_error(UsageError(str(error), hint=f"see {verb} --help"))
+        return UsageError.exit_code
+    except MilepostError as error:
+        if debug:
+            traceback.print_exc()
+        if error.message:
+            say_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("left at once")
+        return LEFT_AT_ONCE_EXIT_CODE
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `milepost` command."""
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter teardown of torch and process groups can crash after the work is done.
+    os._exit(code) if "torch" in sys.modules else sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

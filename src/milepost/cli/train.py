@@ -1,0 +1,80 @@
+"""`milepost train`: starts the ranks of a run, or is one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from milepost.core.errors import MilepostError
+
+
+class ChildFailed(MilepostError):
+    """The ranks have said what went wrong; only their code is left to pass on."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
+
+
+def train(
+    recipe: str,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    run: Path,
+    ranks: int | None = None,
+    override: bool = False,
+    json: bool = False,
+) -> None:
+    """Start a run, or continue it exactly if the folder holds one.
+
+    Any field of the recipe can be set: `--section.key VALUE`. Stop with Ctrl-C: the run is
+    saved, and the same command goes on as if nothing had happened.
+
+    Example: `milepost train corpus-30m --run runs/first --data.path data/corpus`
+
+    Parameters
+    ----------
+    recipe
+        A packaged recipe (demo, corpus-30m, llama-124m, dmas-1.7b) or a .toml file.
+    run
+        The run folder.
+    ranks
+        Processes: one a GPU, or one a CPU core. Default: as many as the lanes can use.
+    override
+        Take changes of a run's recipe that alter its numbers, and record them.
+    json
+        Print one JSON document at the end.
+    """
+    from milepost.config.recipe import load_recipe
+    from milepost.distributed.place import read_place
+
+    config = load_recipe(recipe, overrides=overrides)
+    place = read_place(os.environ)
+    if place is None:
+        _launch(lanes=config.train.lanes, ranks=ranks)
+        return
+    # Read by cuBLAS when it starts; without it deterministic products are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from milepost.train.rank import train_as_rank
+
+    summary = train_as_rank(place, config=config, recipe=recipe, run=run, may_override=override)
+    if json and summary is not None and place.rank == 0:
+        from milepost.core.console import show_json
+
+        show_json(summary)
+    if summary is not None and summary["status"] == "stopped" and place.started_by == "milepost":
+        raise ChildFailed(75)
+
+
+def _launch(*, lanes: int, ranks: int | None) -> None:
+    from milepost.distributed.devices import choose_ranks, count_gpus
+    from milepost.distributed.launch import launch
+
+    num_gpus = count_gpus()
+    chosen = choose_ranks(requested=ranks, lanes=lanes, num_gpus=num_gpus)
+    code = launch(sys.argv[1:], ranks=chosen, on_gpus=num_gpus > 0)
+    if code != 0:
+        raise ChildFailed(code)

@@ -1,0 +1,1 @@
+"""The recipe a person writes and the frozen config it resolves to."""

@@ -1,0 +1,181 @@
+"""Recipes: TOML files, packaged or the user's, with dotted overrides, to one frozen config."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from milepost.config.problems import validate
+from milepost.config.schema import Config
+from milepost.core.errors import UsageError
+from milepost.core.files import sha256_of_json
+
+ALWAYS_FIXED = ("model.", "data.sequence_length", "data.document_attention")
+"""Fields of a run that never change: architecture and data."""
+
+HARMLESS = (
+    "run.name",
+    "data.path",
+    "train.stop_at_step",
+    "checkpoint.",
+    "validation.every_steps",
+    "samples.",
+)
+"""Fields that cannot alter a run's numbers; the data fingerprint guards `data.path`."""
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the install."""
+    folder = importlib.resources.files("milepost.recipes")
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def recipe_text(recipe: str) -> str:
+    """The TOML text of a packaged recipe or of a file.
+
+    Raises:
+        UsageError: there is no such recipe; the nearest name is suggested.
+    """
+    if recipe.endswith(".toml") or "/" in recipe:
+        return _read_recipe_file(Path(recipe))
+    names = packaged_recipes()
+    if recipe in names:
+        folder = importlib.resources.files("milepost.recipes")
+        return (folder / f"{recipe}.toml").read_text(encoding="utf-8")
+    close = difflib.get_close_matches(recipe, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(
+        f"there is no recipe {recipe!r}",
+        hint=f"{hint}packaged: {', '.join(names)}; or the path of a .toml file",
+    )
+
+
+def _read_recipe_file(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"there is no recipe file {path}", hint="give the path of a .toml file")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise UsageError(f"{path} is larger than any recipe", hint="give a .toml recipe")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text", hint="save the recipe as UTF-8") from error
+
+
+def load_recipe(recipe: str, *, overrides: Iterable[str] = ()) -> Config:
+    """A validated config from a recipe and command-line overrides.
+
+    Args:
+        recipe: a packaged name or the path of a .toml file.
+        overrides: words such as '--train.lanes', '4', '--train.no-compile'.
+
+    Raises:
+        UsageError: the recipe or an override is wrong; every problem is listed.
+    """
+    return config_from_toml(recipe_text(recipe), overrides=overrides, source=f"recipe {recipe}")
+
+
+def config_from_toml(text: str, *, overrides: Iterable[str] = (), source: str) -> Config:
+    """As `load_recipe`, from TOML text."""
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{source} is not TOML: {error}", hint="see https://toml.io") from error
+    for dotted, value in parse_overrides(list(overrides)):
+        section, _, field = dotted.partition(".")
+        table = raw.setdefault(section, {})
+        if isinstance(table, dict):
+            table[field] = value
+    return validate(raw, source=source)
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """`--train.lanes 4 --train.no-compile` to [('train.lanes', 4), ('train.compile', False)].
+
+    Values are read as TOML where they are TOML, else as text.
+
+    Raises:
+        UsageError: a word is not of the form --section.key VALUE.
+    """
+    pairs: list[tuple[str, Any]] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        name, equals, inline = word.removeprefix("--").partition("=")
+        section, dot, field = name.replace("-", "_").partition(".")
+        if not word.startswith("--") or not dot or not field:
+            raise UsageError(
+                f"unexpected argument {word!r}", hint="overrides look like --section.key VALUE"
+            )
+        has_value = bool(equals)
+        if not has_value and position < len(words) and not _is_option(words[position]):
+            inline, has_value = words[position], True
+            position += 1
+        if has_value:
+            pairs.append((f"{section}.{field}", _parse_value(inline)))
+        elif field.startswith("no_"):
+            pairs.append((f"{section}.{field.removeprefix('no_')}", False))
+        else:
+            pairs.append((f"{section}.{field}", True))
+    return pairs
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("--") and "." in word
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError, ValueError):
+        return text
+
+
+def as_plain(config: Config) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return config.model_dump(mode="json")
+
+
+def config_from_plain(values: dict[str, Any], *, source: str) -> Config:
+    """A config from what `as_plain` gave."""
+    return validate(values, source=source)
+
+
+def config_sha256(config: Config) -> str:
+    """The hash that identifies a resolved config."""
+    return sha256_of_json(as_plain(config))
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every field that differs.
+
+    A field that the old config resolved from "auto" does not differ from "auto".
+    """
+    found = []
+    before, after = as_plain(old), as_plain(new)
+    for section, fields in before.items():
+        for name, value in fields.items():
+            other = after[section][name]
+            if value != other and other != "auto":
+                found.append((f"{section}.{name}", value, other))
+    return found
+
+
+def is_harmless(field: str) -> bool:
+    """Whether a run may take a change of this field without a word."""
+    return field.startswith(HARMLESS)
+
+
+def is_fixed(field: str) -> bool:
+    """Whether a run never takes a change of this field."""
+    return field.startswith(ALWAYS_FIXED)

@@ -1,0 +1,164 @@
+"""The config: frozen models, one a recipe section; every field with its unit and range.
+
+Model fields carry Hugging Face's config names. Rules that span fields lie in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**40)]
+StepCount = Annotated[int, Field(ge=0, le=2**40)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """[run]"""
+
+    seed: int = Field(1337, ge=0, le=2**62, description="Seed of weights, order and samples.")
+    name: str = Field("", max_length=200, description="A name for people; empty: the folder's.")
+
+
+class DataSection(Section):
+    """[data]"""
+
+    path: str = Field("", description="Folder that `milepost data prepare` wrote.")
+    sequence_length: int = Field(ge=2, le=2**20, description="Tokens of one training row.")
+    document_attention: bool = Field(
+        False, description="Keep attention inside a document instead of the whole row."
+    )
+
+
+class ModelSection(Section):
+    """[model], with Hugging Face's names (LlamaConfig)."""
+
+    vocab_size: int = Field(ge=2, le=2**24, description="Token ids; the tokenizer's own count.")
+    hidden_size: int = Field(ge=2, le=2**17, description="Width D of the residual stream.")
+    intermediate_size: int = Field(ge=1, le=2**19, description="Feed-forward width F.")
+    num_hidden_layers: int = Field(ge=1, le=1024, description="Transformer blocks.")
+    num_attention_heads: int = Field(ge=1, le=4096, description="Query heads N.")
+    num_key_value_heads: int = Field(ge=1, le=4096, description="Key/value heads G.")
+    max_position_embeddings: int = Field(ge=2, le=2**20, description="Longest context, tokens.")
+    rms_norm_eps: float = Field(1e-5, gt=0, le=1e-1, description="Added to the mean square.")
+    rope_theta: float = Field(500000.0, ge=1, le=1e12, description="Base of rotary frequencies.")
+    tie_word_embeddings: bool = Field(False, description="One matrix for embedding and head.")
+    hidden_act: Literal["silu"] = Field("silu", description="Feed-forward activation.")
+    attention_bias: Literal[False] = Field(False, description="LLaMA has none.")
+    mlp_bias: Literal[False] = Field(False, description="LLaMA has none.")
+    attention_dropout: float = Field(0.0, ge=0, le=0, description="None, as the paper.")
+    initializer_range: float = Field(0.02, gt=0, le=1, description="Std of initial weights.")
+    residual_init: Literal["plain", "depth_scaled"] = Field(
+        "plain", description="depth_scaled: o_proj and down_proj std / sqrt(2 layers) (GPT-2)."
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Head size H."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class TrainSection(Section):
+    """[train]"""
+
+    global_batch_tokens: PositiveInt = Field(description="Target tokens of one update.")
+    microbatch_rows: int = Field(ge=1, le=2**20, description="Rows of one forward pass.")
+    lanes: int = Field(2, ge=1, le=1024, description="Groups of fixed summation order (D6).")
+    total_steps: PositiveInt = Field(description="Updates that shape the schedule.")
+    stop_at_step: StepCount | None = Field(None, description="Stop here; shapes nothing.")
+    precision: Precision = Field("auto", description="Dtype of compute; weights stay float32.")
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile of a block.")
+    deterministic: bool = Field(True, description="Deterministic kernels, for exact resume.")
+    recompute: Literal["none", "block"] = Field(
+        "none", description="block: recompute each block's activations in the backward pass."
+    )
+
+
+class OptimizerSection(Section):
+    """[optimizer]"""
+
+    name: Literal["adamw"] = Field("adamw", description="AdamW (Loshchilov and Hutter 2019).")
+    learning_rate: float = Field(gt=0, le=1e30, description="Highest learning rate.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), strict=False, description="Decay of first and second moments."
+    )
+    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="On tensors of 2+ dimensions.")
+    clip_grad_norm: float | None = Field(1.0, gt=0, le=1e6, description="Largest L2 norm.")
+
+
+class ScheduleSection(Section):
+    """[schedule]"""
+
+    name: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = Field("cosine")
+    warmup_steps: StepCount = Field(0, description="Linear warm-up, updates.")
+    min_learning_rate: float = Field(0.0, ge=0, le=1e30, description="At the end of the decay.")
+    decay_steps: StepCount | None = Field(
+        None, description="warmup_stable_decay: length of the final decay, updates."
+    )
+
+
+class CheckpointSection(Section):
+    """[checkpoint]"""
+
+    every_steps: PositiveInt = Field(100, description="Interval, updates; also at the end.")
+    weights_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of model.safetensors; bfloat16 keeps masters in train_state."
+    )
+    keep_train_state: int = Field(2, ge=1, le=10**6, description="Newest train states kept.")
+    keep_train_state_every_steps: PositiveInt | None = Field(
+        None, description="Train states of these steps are kept for good."
+    )
+
+
+class ValidationSection(Section):
+    """[validation]"""
+
+    every_steps: PositiveInt = Field(250, description="Interval, updates; also at the end.")
+    tokens: PositiveInt = Field(
+        10_485_760, description="At most so many target tokens of the fixed validation set."
+    )
+
+
+class SamplesSection(Section):
+    """[samples]"""
+
+    every_steps: PositiveInt | None = Field(None, description="Interval, updates; none: never.")
+    prompts: tuple[Annotated[str, Field(min_length=1, max_length=10_000)], ...] = Field(
+        (), strict=False, description="Fixed texts to be continued."
+    )
+    max_new_tokens: int = Field(64, ge=1, le=2**16, description="Tokens of one completion.")
+    temperature: float = Field(0.0, ge=0, le=10, description="0: greedy.")
+    top_k: int | None = Field(None, ge=1, le=2**24, description="Keep the k likeliest tokens.")
+
+
+class Config(Section):
+    """Everything a run is made of, as one frozen object."""
+
+    run: RunSection = RunSection()  # type: ignore[call-arg]
+    data: DataSection
+    model: ModelSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()  # type: ignore[call-arg]
+    checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
+    validation: ValidationSection = ValidationSection()  # type: ignore[call-arg]
+    samples: SamplesSection = SamplesSection()  # type: ignore[call-arg]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one global batch."""
+        return self.train.global_batch_tokens // self.data.sequence_length
+
+    @property
+    def last_step(self) -> int:
+        """The step this run stops at."""
+        stop = self.train.stop_at_step
+        return self.train.total_steps if stop is None else min(stop, self.train.total_steps)

@@ -1,0 +1,1 @@
+"""Errors, files, seeds, units, console and environment: what every layer may use."""

@@ -1,0 +1,294 @@
+"""Files that are whole or absent, and append-only logs that survive a torn last line.
+
+The only module that renames. Every failure of the disk becomes a `StorageError` that names
+the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from milepost.core.errors import MilepostError, RunInUseError, StorageError
+
+HASH_BLOCK_BYTES = 1 << 20
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what a failing disk raises inside the block into a `StorageError` naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise as_storage_error(error, path=path) from error
+
+
+def as_storage_error(error: OSError, *, path: Path) -> StorageError:
+    """The `StorageError` that says what `error` means for `path`."""
+    reason = os.strerror(error.errno).lower() if error.errno else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space and run the same command again; nothing that was saved is lost"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        hint = "choose a folder that can be written"
+    else:
+        hint = "check the disk, then run the same command again"
+    return StorageError(f"cannot write {path}: {reason}", hint=hint)
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that the disk is full, read-only or failing."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRNOS:
+            return True
+        if "os error 28" in str(seen) or "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def fsync_file(path: Path) -> None:
+    """Forces the bytes of one file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Forces the names in one folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that `path` holds all of the content or what was there before.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing; `path` is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict, indented JSON atomically; numbers that are not finite become null."""
+    write_atomically(path, json_document(value))
+
+
+def json_document(value: Any) -> str:
+    """The one text that `write_json` writes for a value."""
+    return json.dumps(strict(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def strict(value: Any) -> Any:
+    """A copy of `value` that strict JSON can hold: non-finite floats null, paths as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def read_json(path: Path, *, error: type[MilepostError]) -> Any:
+    """Reads a JSON file written by us.
+
+    Raises:
+        error: the file is missing, unreadable or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as missing:
+        raise error(f"{path} is missing") from missing
+    except (OSError, ValueError, RecursionError) as bad:
+        raise error(f"{path} cannot be read as JSON: {bad}") from bad
+
+
+def publish_folder(
+    temporary: Path, *, final: Path, before_rename: Callable[[], None] | None = None
+) -> None:
+    """Makes a finished temporary folder appear under its final name, or not at all.
+
+    Every file and folder in it is forced to the disk first, then renamed, then the parent is
+    forced. `final` must not exist.
+
+    Args:
+        temporary: the folder with everything in it, beside `final`.
+        final: its name from now on.
+        before_rename: runs between the flush and the rename.
+    """
+    with storage_errors(final):
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_file(Path(folder) / name)
+            fsync_folder(Path(folder))
+        if before_rename is not None:
+            before_rename()
+        temporary.rename(final)
+        fsync_folder(final.parent)
+
+
+def move_aside(path: Path, *, folder: Path) -> Path:
+    """Moves a file or folder into `folder` under a name that is free there; returns the place."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        target, number = folder / path.name, 1
+        while target.exists() or target.is_symlink():
+            number += 1
+            target = folder / f"{path.name}.{number}"
+        path.rename(target)
+        fsync_folder(path.parent)
+    return target
+
+
+def delete_folder(path: Path, *, doomed: Path) -> None:
+    """Deletes a folder so that no half of it is ever seen under its own name.
+
+    Args:
+        path: the folder.
+        doomed: the name it has while it goes; a kill leaves it there as litter.
+    """
+    with storage_errors(path):
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sha256_of_file(path: Path) -> str:
+    """The hex SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The hex SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(strict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line under a lock; a torn last line is ended with a newline first.
+
+    Raises:
+        StorageError: the line could not be written whole; nothing of it stays in the file.
+    """
+    line = json.dumps(strict(record), ensure_ascii=False, separators=(",", ":")) + "\n"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            # A lone surrogate becomes \\udcXX, which is how JSON escapes it.
+            data = (b"\n" if torn else b"") + line.encode(errors="backslashreplace")
+            try:
+                _write_all(descriptor, data)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """All records of a log and how many lines could not be read.
+
+    A line that is torn, not JSON or not an object is skipped and counted. A missing file is an
+    empty log.
+    """
+    records: list[dict[str, Any]] = []
+    num_bad = 0
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            num_bad += 1
+    return records, num_bad
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, *, what: str) -> Iterator[None]:
+    """Holds the lock file at `path` for the block; a dead process's lock is free by itself.
+
+    Raises:
+        RunInUseError: another living process holds it; the message names its id.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as busy:
+            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            raise RunInUseError(
+                f"{what} is in use by process {holder}",
+                hint="wait until it ends, or stop it (kill -TERM), then run this again",
+            ) from busy
+        with storage_errors(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all regular files under a folder."""
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written where `path` is or will be."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

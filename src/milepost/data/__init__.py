@@ -1,0 +1,1 @@
+"""Documents to shards, and steps to rows; numpy only."""

@@ -1,0 +1,231 @@
+"""What a worker does: one block of a source to one piece of token ids, written whole or not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milepost.core.errors import DataError
+from milepost.core.files import write_atomically, write_json
+from milepost.data.blocks import Block, documents_of
+from milepost.data.document import HARMLESS_REASONS, Problem, RawDocument
+from milepost.data.shards import DTYPES, OFFSET_DTYPE
+from milepost.text.tokenizer import Tokenizer, load_tokenizer
+
+MAX_LISTED_DROPS = 100
+"""So many drops of each reason are listed; all are counted."""
+
+SPLITS = ("train", "validation")
+ENCODE_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the tokens of a block, equal for all blocks.
+
+    Attributes:
+        tokenizer: name or folder, as `load_tokenizer` takes it.
+        dtype: name in `DTYPES`.
+        text_field: key or column of the text.
+        val_fraction: share of documents that are held out, by the hash of their text.
+        skip_bad: drop what cannot be used instead of refusing.
+    """
+
+    tokenizer: str
+    dtype: str
+    text_field: str
+    val_fraction: float
+    skip_bad: bool
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Counts of one split of a piece."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one block became.
+
+    Attributes:
+        splits: counts by split; a split without documents is absent.
+        drop_counts: documents dropped, by reason.
+        drops: the first of each reason: file number, line, reason, what, count.
+        files: path of each split's files, without the ending.
+    """
+
+    splits: dict[str, SplitCounts]
+    drop_counts: dict[str, int]
+    drops: list[dict[str, Any]]
+    files: dict[str, str]
+
+
+@dataclass
+class _Output:
+    """Tokens of one split as they grow."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+    def add(self, ids: np.ndarray, *, number: int, document: RawDocument) -> None:
+        num_bytes = len(document.text.encode())
+        self.starts.append(self.num_tokens)
+        self.tokens.append(ids)
+        self.lines.append(json.dumps([number, document.line, num_bytes, document.id]))
+        self.num_tokens += len(ids)
+        self.num_bytes += num_bytes
+
+
+def read_piece(path: Path) -> Piece | None:
+    """The record of a piece that is done, None where it is not."""
+    try:
+        values = json.loads(path.with_suffix(".json").read_bytes())
+    except FileNotFoundError:
+        return None
+    splits = {name: SplitCounts(**counts) for name, counts in values.pop("splits").items()}
+    return Piece(splits=splits, **values)
+
+
+def tokenize_block(
+    block: Block, *, path: Path, split: str, settings: Settings, names: dict[int, str]
+) -> Piece:
+    """Tokenizes a block and writes its piece; the record is written last.
+
+    Args:
+        block: what to read.
+        path: of the piece, without ending.
+        split: "train", "validation" or "by_fraction".
+        settings: equal for all blocks.
+        names: of the files in the block, for messages.
+
+    Raises:
+        DataError: a document cannot be used and `skip_bad` is off.
+        StorageError: the piece cannot be written.
+    """
+    tokenizer = _tokenizer(settings.tokenizer)
+    outputs = {name: _Output() for name in SPLITS}
+    problems: list[tuple[int, Problem]] = []
+    for batch in _batches(block, settings, names, problems):
+        arrays = tokenizer.encode_batch([document.text for _, document in batch])
+        for (number, document), ids in zip(batch, arrays, strict=True):
+            chosen = split if split in SPLITS else split_of(document.text, settings.val_fraction)
+            whole = np.empty(len(ids) + 1, dtype=DTYPES[settings.dtype])
+            whole[0], whole[1:] = tokenizer.end_of_text_id, ids
+            outputs[chosen].add(whole, number=number, document=document)
+    used = {name: output for name, output in outputs.items() if output.starts}
+    piece = Piece(
+        splits={
+            name: SplitCounts(output.num_tokens, len(output.starts), output.num_bytes)
+            for name, output in used.items()
+        },
+        drop_counts=_count(problems),
+        drops=_first_of_each(problems),
+        files={name: f"{path.name}.{name}" for name in used},
+    )
+    for name, output in used.items():
+        _write_output(output, path.with_name(piece.files[name]))
+    write_json(path.with_suffix(".json"), asdict(piece))
+    return piece
+
+
+@functools.cache
+def _tokenizer(spec: str) -> Tokenizer:
+    return load_tokenizer(spec)
+
+
+def split_of(text: str, val_fraction: float) -> str:
+    """The split of a document: by the hash of its text, so equal texts share it."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return "validation" if number < val_fraction * 2.0**64 else "train"
+
+
+def usable_documents(
+    block: Block,
+    *,
+    settings: Settings,
+    names: dict[int, str],
+    problems: list[tuple[int, Problem]],
+) -> Iterator[tuple[int, RawDocument]]:
+    """(file number, document) of a block; problems are collected, or refused.
+
+    Raises:
+        DataError: names the file and line of what cannot be used, when `skip_bad` is off.
+    """
+    for number, item in documents_of(block, text_field=settings.text_field):
+        if isinstance(item, RawDocument):
+            yield number, item
+        elif settings.skip_bad or item.reason in HARMLESS_REASONS:
+            problems.append((number, item))
+        else:
+            raise DataError(
+                f"{names[number]}:{item.line}: {item.what}",
+                hint="mend it, or drop such documents with --skip-bad"
+                + (", or name the field with --text-field" if "text" in item.reason else ""),
+            )
+
+
+def _batches(
+    block: Block, settings: Settings, names: dict[int, str], problems: list[tuple[int, Problem]]
+) -> Iterator[list[tuple[int, RawDocument]]]:
+    batch: list[tuple[int, RawDocument]] = []
+    num_characters = 0
+    for item in usable_documents(block, settings=settings, names=names, problems=problems):
+        batch.append(item)
+        num_characters += len(item[1].text)
+        if num_characters >= ENCODE_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _count(problems: list[tuple[int, Problem]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for _, problem in problems:
+        counts[problem.reason] += problem.count
+    return dict(sorted(counts.items()))
+
+
+def _first_of_each(problems: list[tuple[int, Problem]]) -> list[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    listed = []
+    for number, problem in problems:
+        seen[problem.reason] += 1
+        if seen[problem.reason] <= MAX_LISTED_DROPS:
+            listed.append({"file": number} | asdict(problem))
+    return listed
+
+
+def _write_output(output: _Output, path: Path) -> None:
+    write_atomically(with_ending(path, ".tokens"), np.concatenate(output.tokens).tobytes())
+    starts = np.array(output.starts, dtype=OFFSET_DTYPE)
+    write_atomically(with_ending(path, ".offsets"), starts.tobytes())
+    write_atomically(with_ending(path, ".documents.jsonl"), "\n".join(output.lines) + "\n")
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """The path with an ending after its whole name."""
+    return path.with_name(path.name + ending)
+
+
+def delete_output(path: Path) -> None:
+    """Deletes the three files of one split of a piece."""
+    for ending in (".tokens", ".offsets", ".documents.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            with_ending(path, ending).unlink()

@@ -1,0 +1,1 @@
+"""Processes: starting them, their world, and sums across them."""

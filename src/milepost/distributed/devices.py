@@ -1,0 +1,59 @@
+"""How many ranks a machine takes, asked without importing torch where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from milepost.core.environment import num_available_cores
+from milepost.core.errors import UsageError
+
+
+def count_gpus() -> int:
+    """CUDA devices that torch can use; torch is imported only where a driver is there."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    if not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_ranks(*, requested: int | None, lanes: int, num_gpus: int) -> int:
+    """Processes to start: what was asked for, or the largest divisor of `lanes` that fits.
+
+    Args:
+        requested: from the command line, None for the default.
+        lanes: of the recipe; ranks must divide them.
+        num_gpus: 0 means that training runs on the CPU, one thread a rank.
+
+    Raises:
+        UsageError: the lanes cannot be dealt to so many ranks, or there are too few GPUs.
+    """
+    places = num_gpus or num_available_cores()
+    divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    if requested is None:
+        return max(n for n in divisors if n <= max(places, 1))
+    check_ranks(requested, lanes=lanes)
+    if num_gpus and requested > num_gpus:
+        raise UsageError(
+            f"--ranks {requested} needs as many GPUs, this machine has {num_gpus}",
+            hint=f"use --ranks {max(n for n in divisors if n <= num_gpus)}",
+        )
+    return requested
+
+
+def check_ranks(ranks: int, *, lanes: int) -> None:
+    """Refuses a number of ranks that the lanes cannot be dealt to.
+
+    Raises:
+        UsageError: says which numbers would do.
+    """
+    if ranks < 1 or lanes % ranks:
+        divisors = [str(n) for n in range(1, lanes + 1) if lanes % n == 0]
+        raise UsageError(
+            f"{lanes} lanes cannot be dealt to {ranks} ranks",
+            hint=f"use {' or '.join(divisors)} ranks, or a recipe with other train.lanes",
+        )

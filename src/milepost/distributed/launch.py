@@ -1,0 +1,142 @@
+"""Starts the ranks of a run on this machine, watches them, and ends them together.
+
+Imports no torch: the parent of a run only waits. The children get one thread each on the CPU
+and an allocator that keeps freed memory, since giving it back costs up to half of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from milepost.core.console import say
+from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE
+from milepost.distributed.place import PARENT_PIPE_VARIABLE, RENDEZVOUS_VARIABLE
+
+GRACE_SECONDS = 10.0
+"""How long the other ranks may go on after one has failed."""
+
+KEEP_FREED_MEMORY = ":".join(
+    (
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=17179869184",
+        "glibc.malloc.top_pad=67108864",
+    )
+)
+
+
+def launch(words: Sequence[str], *, ranks: int, on_gpus: bool) -> int:
+    """Runs `milepost WORDS` as `ranks` processes and returns the run's exit code.
+
+    SIGTERM and the first SIGINT ask every rank to save and stop; a second SIGINT kills them.
+    Children die with this process, however it dies.
+
+    Args:
+        words: the command line after the program's name, the same for every rank.
+        ranks: processes to start.
+        on_gpus: whether each rank has a GPU, or one CPU thread.
+    """
+    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+        reader, writer = os.pipe()
+        shared = _shared_environment(Path(folder) / "rendezvous", pipe=reader, on_gpus=on_gpus)
+        command = [sys.executable, "-P", "-m", "milepost.cli.main", *words]
+        children: list[subprocess.Popen[bytes]] = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            children.append(subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,)))
+        os.close(reader)
+        try:
+            return _watch(children)
+        finally:
+            os.close(writer)
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+                child.wait()
+
+
+def _shared_environment(rendezvous: Path, *, pipe: int, on_gpus: bool) -> dict[str, str]:
+    environment: dict[str, str] = dict(os.environ)
+    environment[RENDEZVOUS_VARIABLE] = str(rendezvous)
+    environment[PARENT_PIPE_VARIABLE] = str(pipe)
+    if not on_gpus:
+        environment["OMP_NUM_THREADS"] = "1"
+        environment["MKL_NUM_THREADS"] = "1"
+        environment.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        environment.setdefault("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
+    return environment
+
+
+def _loopback_interface() -> str:
+    """The name of 127.0.0.1's interface: lo on Linux, lo0 on BSD and macOS."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo0" if "lo0" in names else "lo"
+
+
+def _watch(children: list[subprocess.Popen[bytes]]) -> int:
+    interrupts = 0
+
+    def ask_to_stop(signum: int, frame: object) -> None:
+        nonlocal interrupts
+        if signum == signal.SIGINT:
+            interrupts += 1
+        _signal_all(children, signal.SIGTERM if interrupts < 2 else signal.SIGKILL)
+
+    previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        codes = _wait_for_all(children)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if interrupts >= 2:
+        say("left at once; the newest checkpoint is as it was")
+        return LEFT_AT_ONCE_EXIT_CODE
+    return _exit_code(codes)
+
+
+def _wait_for_all(children: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Exit codes by rank, in the order in which the ranks ended."""
+    codes: dict[int, int] = {}
+    failed_at: float | None = None
+    while len(codes) < len(children):
+        for rank, child in enumerate(children):
+            if rank not in codes and child.poll() is not None:
+                codes[rank] = child.returncode
+                if child.returncode != 0 and failed_at is None:
+                    failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            _signal_all(children, signal.SIGKILL)
+        time.sleep(0.02)
+    return codes
+
+
+def _signal_all(children: list[subprocess.Popen[bytes]], signum: int) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(signum)
+
+
+def _exit_code(codes: dict[int, int]) -> int:
+    """The code of the rank that knows why: one of the contract before a bare failure.
+
+    Args:
+        codes: by rank, in the order in which the ranks ended.
+    """
+    known = [code for code in codes.values() if code > 1]
+    if known:
+        return known[0]
+    for rank, code in codes.items():
+        if code < 0:
+            say(f"error: rank {rank} was ended by {signal.Signals(-code).name}")
+            say("hint: run the same command again; it goes on from the newest checkpoint")
+        if code != 0:
+            return 1
+    return 0

@@ -1,0 +1,61 @@
+"""What the environment says about this process among its like, without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from milepost.core.errors import UsageError
+
+RENDEZVOUS_VARIABLE = "MILEPOST_RENDEZVOUS"
+PARENT_PIPE_VARIABLE = "MILEPOST_PARENT_PIPE"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place.
+
+    Attributes:
+        rank: 0 to size - 1.
+        local_rank: the rank on this machine, which is the number of its GPU.
+        started_by: "milepost" (our launcher) or "torchrun".
+        rendezvous: the file at which our ranks meet; None under torchrun.
+        parent_pipe: a descriptor that ends when our launcher does; None under torchrun.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    started_by: Literal["milepost", "torchrun"]
+    rendezvous: str | None = None
+    parent_pipe: int | None = None
+
+
+def read_place(environment: Mapping[str, str]) -> Place | None:
+    """This process's place, or None where nobody has given it one.
+
+    Raises:
+        UsageError: the launcher's variables are not numbers.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    try:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+        pipe = environment.get(PARENT_PIPE_VARIABLE)
+        parent_pipe = None if pipe is None else int(pipe)
+    except ValueError as error:
+        raise UsageError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}",
+            hint="unset them, or start with torchrun or milepost train",
+        ) from error
+    rendezvous = environment.get(RENDEZVOUS_VARIABLE)
+    return Place(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        started_by="milepost" if rendezvous else "torchrun",
+        rendezvous=rendezvous,
+        parent_pipe=parent_pipe,
+    )

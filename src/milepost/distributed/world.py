@@ -1,0 +1,93 @@
+"""The processes of a run as each of them sees it, and the process group between them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from milepost.distributed.place import Place
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`; `pair_groups[k]` holds this rank and the one 2^k away."""
+
+    rank: int
+    size: int
+    device: torch.device
+    pair_groups: tuple[dist.ProcessGroup, ...] = ()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one rank that writes and prints."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join_world(place: Place, *, device_type: str) -> Iterator[World]:
+    """The world of this process for the block; every rank must enter it.
+
+    Args:
+        place: from the command line's environment.
+        device_type: "cpu" (gloo, one thread a rank) or "cuda" (nccl).
+    """
+    if device_type == "cuda":
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if place.size == 1:
+        yield World(rank=0, size=1, device=device)
+        return
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        init_method=f"file://{place.rendezvous}" if place.rendezvous else "env://",
+        rank=place.rank,
+        world_size=place.size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        yield World(
+            rank=place.rank, size=place.size, device=device, pair_groups=_pair_groups(place)
+        )
+    finally:
+        # A rank that fails must not wait for the others here.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _pair_groups(place: Place) -> tuple[dist.ProcessGroup, ...]:
+    """Every rank makes every group, in one order, as torch demands; it keeps its own."""
+    mine = []
+    distance = 1
+    while distance < place.size:
+        for rank in range(place.size):
+            partner = rank ^ distance
+            if rank < partner:
+                group = dist.new_group([rank, partner])
+                if place.rank in (rank, partner):
+                    mine.append(group)
+        distance *= 2
+    return tuple(mine)
+
+
+def die_with_parent(place: Place) -> None:
+    """Ends this process as soon as the launcher that started it is gone, however it died."""
+    descriptor = place.parent_pipe
+    if descriptor is None:
+        return
+
+    def wait_for_the_end() -> None:
+        os.read(descriptor, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, name="parent-watch", daemon=True).start()

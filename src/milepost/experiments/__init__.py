@@ -1,0 +1,1 @@
+"""Whole roads: the demo."""

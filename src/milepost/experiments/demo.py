@@ -1,0 +1,209 @@
+"""The demo: the whole road in miniature, on real text, with a kill in the middle.
+
+Prepare, train, be killed, go on exactly, sample, report. Everything is done with the commands a
+user has; this file only orders and tells them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.config.recipe import load_recipe
+from milepost.config.schema import Config
+from milepost.core.console import progress, say, show
+from milepost.core.environment import num_available_cores
+from milepost.core.errors import MilepostError
+from milepost.core.units import format_duration
+from milepost.data.prepare import prepare
+from milepost.evaluation.samples import record_samples
+from milepost.experiments.segment_process import run_segment
+from milepost.experiments.sotu import find_addresses
+from milepost.inference.load import load_model
+from milepost.runs.events import Event, History, read_history
+from milepost.runs.layout import RunLayout, checkpoint_folders
+from milepost.runs.records import SampleRecord
+from milepost.trajectory.report import write_report
+
+RECIPE = "demo"
+PROMPT = "Fellow citizens of the Senate and House of Representatives:"
+STEPS_AFTER_CHECKPOINT = 23
+"""The kill comes so many steps after a checkpoint, so that there is something to compare."""
+
+NUM_SAMPLES = 5
+SAMPLE_TOKENS = 60
+
+
+class NotExact(MilepostError):
+    """Steps that were run again differ from what was logged before the kill."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo showed."""
+
+    run: Path
+    report: Path
+    num_compared: int
+    num_equal: int
+    bits_per_byte: float
+    seconds: float
+    samples: list[SampleRecord]
+
+    def as_plain(self) -> dict[str, Any]:
+        """The result as JSON holds it."""
+        return {
+            "run": str(self.run),
+            "report": str(self.report),
+            "steps_compared": self.num_compared,
+            "steps_equal": self.num_equal,
+            "bits_per_byte": self.bits_per_byte,
+            "seconds": self.seconds,
+            "samples": [sample.as_line() for sample in self.samples],
+        }
+
+
+def run_demo(run: Path) -> DemoResult:
+    """The whole road; a demo that was interrupted goes on where it was.
+
+    Args:
+        run: the run folder; the prepared data goes beside it, to RUN-data.
+
+    Raises:
+        MilepostError: a part failed, or the resumed run was not exact.
+    """
+    started = time.monotonic()
+    config = load_recipe(RECIPE)
+    data = run.with_name(f"{run.name}-data")
+    say("1/5  prepare the State of the Union addresses")
+    addresses = find_addresses()
+    prepare(
+        addresses.train,
+        out=data,
+        tokenizer=f"train:{config.model.vocab_size}",
+        val_sources=addresses.held_out,
+    )
+    _train(run, data=data, config=config)
+    history = read_history(RunLayout(run).events)
+    num_compared, num_equal = _say_exactness(history)
+    say("4/5  let five checkpoints write")
+    samples = _sample(run, seed=config.run.seed)
+    say("5/5  write the report")
+    report = write_report(run)
+    return DemoResult(
+        run=run,
+        report=report,
+        num_compared=num_compared,
+        num_equal=num_equal,
+        bits_per_byte=_last_bits_per_byte(history),
+        seconds=time.monotonic() - started,
+        samples=samples,
+    )
+
+
+def show_demo(result: DemoResult) -> None:
+    """The five samples, what was compared, and where the report lies, for people."""
+    for sample in result.samples:
+        text = " ".join(sample.completion.split())
+        show(f"\nstep {sample.step}: {PROMPT} {text}")
+    show(
+        f"\nexact: {result.num_equal} of {result.num_compared} steps; "
+        f"held-out text: {result.bits_per_byte:.3f} bits per byte; "
+        f"{format_duration(result.seconds)} in all"
+    )
+    show(f"report: {result.report}")
+    say(f"next: milepost sample {result.run} --prompt 'The state of the Union is'")
+
+
+def kill_step(config: Config) -> int:
+    """The step at which the demo kills its training: mid-way, after a checkpoint."""
+    every = config.checkpoint.every_steps
+    return config.last_step // 2 // every * every + STEPS_AFTER_CHECKPOINT
+
+
+def _train(run: Path, *, data: Path, config: Config) -> None:
+    words = ["train", RECIPE, "--run", str(run), "--data.path", str(data)]
+    layout = RunLayout(run)
+    last, kill_at = config.last_step, kill_step(config)
+    cores = num_available_cores()
+    history = read_history(layout.events)
+    if history.num_segments == 0:
+        say(f"2/5  train a small LLaMA on {cores} cores; it will be killed at step {kill_at}")
+        with progress("train", total=last) as bar:
+            run_segment(
+                words,
+                run=run,
+                on_step=lambda event: bar.update(event["step"], note=_note(event, last)),
+                kill_when=lambda event: event["step"] >= kill_at,
+            )
+        steps = read_history(layout.events).latest_by_step("step")
+        say(f"     killed (SIGKILL) after step {max(steps)}")
+    restorable = max((step for step, _ in checkpoint_folders(layout)), default=0)
+    say(f"3/5  go on from the checkpoint of step {restorable} with the same command")
+    with progress("train", total=last) as bar:
+        run_segment(
+            words,
+            run=run,
+            on_step=lambda event: bar.update(event["step"], note=_note(event, last)),
+            kill_when=lambda event: False,
+        )
+
+
+def _note(event: Event, last_step: int) -> str:
+    left = (last_step - event["step"]) * event["step_seconds"]
+    return f"step {event['step']}  loss {event['loss_nats']:.3f}  left {format_duration(left)}"
+
+
+def _say_exactness(history: History) -> tuple[int, int]:
+    compared = sum(event["compared"] for event in history.of_kind("replayed"))
+    equal = sum(event["equal"] for event in history.of_kind("replayed"))
+    if equal != compared:
+        raise NotExact(
+            f"not exact: {equal} of {compared} steps that were run again are as logged before",
+            hint="report this with the run's events.jsonl; milepost doctor says what this "
+            "machine is",
+        )
+    say(f"     exact: {equal} of {compared} steps")
+    return compared, equal
+
+
+def _sample(run: Path, *, seed: int) -> list[SampleRecord]:
+    layout = RunLayout(run)
+    steps = [step for step, _ in checkpoint_folders(layout)]
+    records: list[SampleRecord] = []
+    for step in _spread(steps, count=NUM_SAMPLES):
+        loaded = load_model(run, step=step)
+        records += record_samples(
+            loaded.model,
+            loaded.tokenizer,
+            [PROMPT],
+            step=step,
+            path=layout.samples,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.8,
+            top_k=50,
+            seed=seed,
+        )
+    return records
+
+
+def _spread(steps: list[int], *, count: int) -> list[int]:
+    """At most `count` steps, the first and the last among them, denser at the start.
+
+    A model learns most in its first steps, so places double: 1, 2, 4, 8 ... of the whole.
+    """
+    if len(steps) <= count:
+        return steps
+    last = len(steps) - 1
+    places = {0, last} | {round(last / 2**k) for k in range(1, count - 1)}
+    spare = (place for place in range(last, -1, -1) if place not in places)
+    while len(places) < count:
+        places.add(next(spare))
+    return [steps[place] for place in sorted(places)]
+
+
+def _last_bits_per_byte(history: History) -> float:
+    validations = history.latest_by_step("validation")
+    return float(validations[max(validations)]["bits_per_byte"])

@@ -1,0 +1,1 @@
+"""A checkpoint that writes: load, cache, sample."""

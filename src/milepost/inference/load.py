@@ -1,0 +1,242 @@
+"""Loads a model from a run, a checkpoint or any Hugging Face LLaMA folder. Never a pickle."""
+
+from __future__ import annotations
+
+import stat
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from milepost.checkpoint.store import verify_model_files
+from milepost.config.schema import ModelSection
+from milepost.core.errors import CheckpointError, UsageError
+from milepost.core.files import read_json
+from milepost.model.huggingface import model_section_from_hf
+from milepost.model.llama import Llama
+from milepost.runs.layout import RunLayout, step_of_folder
+from milepost.runs.steps import available_steps, describe_steps, is_run
+from milepost.text.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MOST_JSON_BYTES = 64 << 20
+_FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to use.
+
+    Attributes:
+        model: float32 weights on the device asked for.
+        tokenizer: from the same folder.
+        step: updates the model had seen; None where the folder's name does not say.
+        folder: where it was read.
+    """
+
+    model: Llama
+    tokenizer: Tokenizer
+    step: int | None
+    folder: Path
+
+
+def load_model(
+    path: Path, *, step: int | None = None, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Loads a model with its tokenizer.
+
+    Args:
+        path: a run folder, a checkpoint folder, or a folder with a LLaMA's config.json,
+            tokenizer.json and model.safetensors (or its shards with their index).
+        step: of a run, which checkpoint; None: the latest.
+        device: where the weights go.
+
+    Raises:
+        UsageError: there is no model at `path`, or one of another architecture.
+        CheckpointError: no checkpoint of that step; a file is missing, or has changed since the
+            checkpoint was saved; a tensor is missing or has another shape than config.json says.
+    """
+    folder = model_folder(path, step=step)
+    if step_of_folder(folder) is not None:
+        verify_model_files(folder)  # a flipped bit would load silently
+    config = _read_config(folder)
+    for file in folder.glob("*.json"):
+        _plain_file(file)
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model's vocabulary {config.vocab_size}",
+            hint="the tokenizer's files belong to another model",
+        )
+    model = read_weights(folder, config=config).to(device)
+    return LoadedModel(model, tokenizer, step_of_folder(folder), folder)
+
+
+def model_folder(path: Path, *, step: int | None = None) -> Path:
+    """The Hugging Face folder that `path` and `step` mean; see `load_model`."""
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is not a folder", hint="give a run, a checkpoint or a Hugging Face folder"
+        )
+    if is_run(path):
+        return _checkpoint_of_run(RunLayout(path), step)
+    if not (path / CONFIG_FILE).exists():
+        raise UsageError(
+            f"{path} is neither a run nor a model: it has no manifest.json and no config.json",
+            hint="give a run, a checkpoint or a Hugging Face folder",
+        )
+    if step is not None and step != step_of_folder(path):
+        raise UsageError(
+            f"{path} is one model, it has no step {step}", hint="give the run folder with a step"
+        )
+    return path
+
+
+def _checkpoint_of_run(layout: RunLayout, step: int | None) -> Path:
+    available = available_steps(layout)
+    if not available:
+        raise CheckpointError(
+            f"{layout.root} has no checkpoint yet", hint="let it train up to its first checkpoint"
+        )
+    if step is None:
+        return layout.checkpoint(available[-1])
+    if step not in available:
+        raise CheckpointError(
+            f"{layout.root} has no checkpoint of step {step}", hint=describe_steps(available)
+        )
+    return layout.checkpoint(step)
+
+
+def read_weights(folder: Path, *, config: ModelSection) -> Llama:
+    """A model with the weights of a folder, as float32 on the CPU.
+
+    Names and shapes are checked before anything is allocated.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not a plain file; a tensor is missing,
+            unknown, or has another shape or type than it should.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
+    with ExitStack() as stack:
+        places: dict[str, tuple[Path, Any]] = {}
+        for file in _weight_files(folder):
+            reader = _open(file, stack)
+            places |= dict.fromkeys(reader.keys(), (file, reader))
+        _check_names(set(places), set(shapes), config=config, folder=folder)
+        for name, shape in shapes.items():
+            _check_tensor(name, shape, *places[name])
+        model = Llama(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(_read(name, *places[name]))
+    return model
+
+
+def _read_config(folder: Path) -> ModelSection:
+    values = _read_bounded_json(folder / CONFIG_FILE)
+    try:
+        return model_section_from_hf(values)
+    except UsageError as error:
+        raise UsageError(f"{folder}: {error.message}", hint=error.hint) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
+        return [_plain_file(folder / WEIGHTS_FILE)]
+    if (folder / INDEX_FILE).exists():
+        index = _read_bounded_json(folder / INDEX_FILE)
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map of file names")
+        return [_shard(folder, name) for name in sorted(set(names.values()))]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when read",
+            hint="convert it to model.safetensors with the program that made it",
+        )
+    raise CheckpointError(f"{folder / WEIGHTS_FILE} is missing")
+
+
+def _shard(folder: Path, name: str) -> Path:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} names {name!r}, only .safetensors files beside it are read"
+        )
+    return _plain_file(folder / name)
+
+
+def _plain_file(path: Path) -> Path:
+    """`path` itself if it is a regular file: a link leaves the folder, a pipe blocks."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    if stat.S_ISREG(mode):
+        return path
+    if stat.S_ISLNK(mode):
+        raise CheckpointError(
+            f"{path} is a symbolic link", hint="copy the folder with its links resolved (cp -rL)"
+        )
+    raise CheckpointError(f"{path} is not a regular file")
+
+
+def _read_bounded_json(path: Path) -> dict[str, Any]:
+    size = _plain_file(path).stat().st_size
+    if size > MOST_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, at most {MOST_JSON_BYTES} are read")
+    values = read_json(path, error=CheckpointError)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
+
+
+def _open(file: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _check_names(found: set[str], wanted: set[str], *, config: ModelSection, folder: Path) -> None:
+    # A tied model may come with a copy of its head; old files hold the rotary frequencies.
+    harmless = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    unknown = {n for n in found - wanted - harmless if not n.endswith("rotary_emb.inv_freq")}
+    for names, what in ((wanted - found, "lacks"), (unknown, "has the unknown tensor")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{folder} {what} {min(names)}{more}",
+                hint="config.json and the weights belong to different models",
+            )
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], file: Path, reader: Any) -> None:
+    part = reader.get_slice(name)
+    found = tuple(part.get_shape())
+    if found != shape:
+        raise CheckpointError(
+            f"{file}: {name} has shape {list(found)}, config.json says {list(shape)}",
+            hint="config.json and the weights belong to different models",
+        )
+    if part.get_dtype() not in _FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{file}: {name} has type {part.get_dtype()}",
+            hint=f"types that can be read: {', '.join(_FLOAT_DTYPES)}",
+        )
+
+
+def _read(name: str, file: Path, reader: Any) -> Any:
+    try:
+        return reader.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error

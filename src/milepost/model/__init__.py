@@ -1,0 +1,1 @@
+"""The LLaMA network and its loss; knows nothing of distribution."""

@@ -1,0 +1,73 @@
+"""Parameters, FLOPs and tokens, counted from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from milepost.config.schema import Config, ModelSection
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model by the part they lie in, each tensor counted once.
+
+    Attributes:
+        embedding: the token embedding, [V, D].
+        head: the output matrix, [V, D]; 0 where it is the embedding.
+        attention: q, k, v and o projections of all blocks.
+        feed_forward: gate, up and down projections of all blocks.
+        norms: gains of all norms.
+        multiplying: weights that a token is multiplied with in a forward pass. A lookup in the
+            embedding multiplies nothing; a tied head does.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    feed_forward: int
+    norms: int
+    multiplying: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.non_embedding + self.head
+
+    @property
+    def non_embedding(self) -> int:
+        """What the vocabulary's size does not change."""
+        return self.attention + self.feed_forward + self.norms
+
+
+def count_parameters(model: ModelSection) -> ParameterCount:
+    """Parameters of a LLaMA, exactly."""
+    width, layers = model.hidden_size, model.num_hidden_layers
+    kv_width = model.num_key_value_heads * model.head_dim
+    vocabulary = model.vocab_size * width
+    attention = layers * (2 * width * width + 2 * width * kv_width)
+    feed_forward = layers * 3 * width * model.intermediate_size
+    return ParameterCount(
+        embedding=vocabulary,
+        head=0 if model.tie_word_embeddings else vocabulary,
+        attention=attention,
+        feed_forward=feed_forward,
+        norms=(2 * layers + 1) * width,
+        multiplying=attention + feed_forward + vocabulary,
+    )
+
+
+def flops_per_token(model: ModelSection, *, sequence_length: int) -> int:
+    """FLOPs of training on one token, forward and backward, nothing computed twice.
+
+    6 a weight that multiplies: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1). Causal
+    attention sees T / 2 positions on average; scores and their product with the values are
+    2 x 2 x D x T/2 FLOPs a layer forward, three times that with the backward pass (Chowdhery et
+    al. 2022, appendix B, halved for the causal mask).
+    """
+    attention = 6 * model.num_hidden_layers * model.hidden_size * sequence_length
+    return 6 * count_parameters(model).multiplying + attention
+
+
+def run_tokens(config: Config) -> int:
+    """Target tokens a run trains on."""
+    return config.last_step * config.train.global_batch_tokens

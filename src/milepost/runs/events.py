@@ -1,0 +1,69 @@
+"""The run's history: one writer appends events, anyone reads them.
+
+The only module that appends events. Kinds and their fields are those of docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.core.files import append_json_line, read_json_lines
+
+SCHEMA_VERSION = 1
+
+Event = dict[str, Any]
+
+
+def utc_now() -> str:
+    """The time of day in UTC, ISO 8601, whole milliseconds."""
+    now = datetime.datetime.now(datetime.UTC)
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True)
+class EventWriter:
+    """Appends events of one segment. Only the process that holds the run's lock makes one."""
+
+    path: Path
+    segment: int
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Appends one event.
+
+        Raises:
+            StorageError: the line could not be written.
+        """
+        head = {"v": SCHEMA_VERSION, "kind": kind, "time": utc_now(), "segment": self.segment}
+        append_json_line(self.path, head | fields)
+
+
+@dataclass(frozen=True)
+class History:
+    """All events of a run in file order, and how many lines could not be read."""
+
+    events: list[Event]
+    num_bad_lines: int
+
+    def of_kind(self, kind: str) -> Iterator[Event]:
+        """Events of one kind, in file order."""
+        return (event for event in self.events if event.get("kind") == kind)
+
+    def latest_by_step(self, kind: str) -> dict[int, Event]:
+        """Events of one kind by step; of two entries for a step the later in the file counts."""
+        found = {e["step"]: e for e in self.of_kind(kind) if isinstance(e.get("step"), int)}
+        return dict(sorted(found.items()))
+
+    @property
+    def num_segments(self) -> int:
+        """Segments begun so far."""
+        return max((e.get("segment", 0) for e in self.of_kind("segment_started")), default=0)
+
+
+def read_history(path: Path) -> History:
+    """Reads an event log; a missing file is an empty history."""
+    events, num_bad = read_json_lines(path)
+    return History(events=events, num_bad_lines=num_bad)

@@ -1,0 +1,141 @@
+"""The one training loop. What varies is passed in; what is periodic is an ordered list."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from milepost.checkpoint.state import Progress
+from milepost.core.console import say
+from milepost.core.units import format_duration
+from milepost.data.loader import batch_sha256
+from milepost.distributed.world import World
+from milepost.runs.events import EventWriter
+from milepost.train.periodic import Periodic
+from milepost.train.replay import ReplayCheck
+from milepost.train.step import Stepper, StepResult
+from milepost.train.throughput import Throughput
+
+
+class Batches(Protocol):
+    """Where batches come from: a pure function of the data step."""
+
+    def batch(self, data_step: int) -> np.ndarray:
+        """The global batch, uint32 [rows, T + 1]."""
+
+
+@dataclass
+class LoopParts:
+    """Everything the loop is made of, built in `train/build.py`.
+
+    Attributes:
+        progress: where the run stands; the loop replaces it after every update.
+        periodic: in the order in which they run; saving comes last.
+        save: writes a checkpoint of the present progress, for a stop between two.
+        events: None on every rank but the main one.
+    """
+
+    progress: Progress
+    last_step: int
+    batches: Batches
+    learning_rate: Callable[[int], float]
+    stepper: Stepper
+    periodic: Sequence[Periodic]
+    save: Callable[[int], None]
+    throughput: Throughput
+    replay: ReplayCheck
+    world: World
+    events: EventWriter | None
+    stop_requested: Callable[[], bool]
+
+
+def run_loop(parts: LoopParts) -> bool:
+    """Trains until the last step or until a stop is asked for; every rank must call.
+
+    Returns:
+        True if a stop was asked for (the run is saved).
+
+    Raises:
+        DivergedError: a step was refused; the newest checkpoint is from before it.
+        StorageError: the history or a checkpoint cannot be written.
+        DataError: a shard went away.
+    """
+    if parts.progress.step == 0:
+        _run_periodic(parts)
+    while parts.progress.step < parts.last_step:
+        step_started = time.perf_counter()
+        step = parts.progress.step
+        data_step = step + parts.progress.skipped
+        batch = parts.batches.batch(data_step)
+        learning_rate = parts.learning_rate(step)
+        result = parts.stepper.run_step(
+            batch, learning_rate=learning_rate, stop_requested=parts.stop_requested
+        )
+        step_seconds = time.perf_counter() - step_started
+        scale = parts.stepper.loss_scale
+        parts.progress = replace(
+            parts.progress,
+            step=step + 1,
+            tokens_seen=parts.progress.tokens_seen + batch.shape[0] * (batch.shape[1] - 1),
+            training_seconds=parts.progress.training_seconds + step_seconds,
+            loss_scale=scale.value,
+            steps_at_scale=scale.steps_at_scale,
+        )
+        if parts.events is not None:
+            _record(parts, result, batch, data_step, learning_rate, step_seconds)
+        _run_periodic(parts)
+        if result.is_stop_requested and parts.progress.step < parts.last_step:
+            parts.save(parts.progress.step)
+            return True
+    return False
+
+
+def _run_periodic(parts: LoopParts) -> None:
+    for periodic in parts.periodic:
+        if periodic.is_due(parts.progress.step, last_step=parts.last_step):
+            periodic.action(parts.progress.step)
+
+
+def _record(
+    parts: LoopParts,
+    result: StepResult,
+    batch: np.ndarray,
+    data_step: int,
+    learning_rate: float,
+    step_seconds: float,
+) -> None:
+    """Writes the step's event, compares it with an earlier one, and says it."""
+    assert parts.events is not None
+    step = parts.progress.step
+    rate, mfu_fraction = parts.throughput.add(step_seconds)
+    numbers = {
+        "loss_nats": result.loss_nats,
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate,
+        "batch_sha256": batch_sha256(batch),
+    }
+    parts.events.append(
+        "step",
+        step=step,
+        data_step=data_step,
+        **numbers,
+        tokens_seen=parts.progress.tokens_seen,
+        tokens_per_second=rate,
+        step_seconds=step_seconds,
+        mfu_fraction=mfu_fraction,
+        loss_scale=parts.progress.loss_scale,
+        repeats=result.num_repeats,
+    )
+    parts.replay.compare(step, numbers)
+    left = parts.throughput.seconds_left(parts.last_step - step)
+    width = len(str(parts.last_step))
+    say(
+        f"step {step:>{width}}/{parts.last_step}  loss {result.loss_nats:.4f}  "
+        f"lr {learning_rate:.2e}  norm {result.grad_norm:.3f}  {rate:,.0f} tok/s  "
+        f"left {format_duration(left)}"
+    )
+    parts.replay.report_if_done(step, events=parts.events, is_last=step == parts.last_step)

@@ -1,0 +1,201 @@
+"""Opening a run folder for training: made new, or continued with what may change.
+
+Only the main rank comes here, holding the run's lock.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost.checkpoint.retention import Restorable, newest_restorable
+from milepost.checkpoint.store import remove_litter
+from milepost.config.recipe import (
+    as_plain,
+    config_from_plain,
+    differences,
+    is_fixed,
+    is_harmless,
+)
+from milepost.config.schema import Config
+from milepost.core.console import warn
+from milepost.core.environment import describe_environment
+from milepost.core.errors import CheckpointError, DataError, UsageError
+from milepost.core.files import storage_errors
+from milepost.data.shards import PreparedData
+from milepost.runs.events import EventWriter, History, read_history, utc_now
+from milepost.runs.layout import RunLayout
+from milepost.runs.manifest import RunManifest, read_run_manifest, write_run_manifest
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run that is ready to be trained.
+
+    Attributes:
+        manifest: as it was written when the run was made.
+        config: the manifest's, with the changes that this segment takes.
+        history: everything logged so far.
+        events: the writer of this segment.
+        restorable: the checkpoint to go on from; None for a run from its first step.
+        changed: (field, old, new) of what this segment takes.
+    """
+
+    manifest: RunManifest
+    config: Config
+    history: History
+    events: EventWriter
+    restorable: Restorable | None
+    changed: list[tuple[str, Any, Any]]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.restorable is not None and self.restorable.step >= self.config.last_step
+
+
+def open_run(
+    layout: RunLayout,
+    *,
+    config: Config,
+    recipe: str,
+    data: PreparedData,
+    resolve: Callable[[Config], Config],
+    may_override: bool,
+) -> OpenedRun:
+    """Makes the run or opens it to be continued.
+
+    Args:
+        layout: the run folder, locked by this process.
+        config: from the recipe and the command line, "auto" not yet resolved.
+        recipe: what the person called the recipe.
+        data: opened and verified.
+        resolve: turns every "auto" into what this machine takes.
+        may_override: whether changes that alter the numbers are taken.
+
+    Raises:
+        UsageError: the folder holds something else, or the recipe differs; all differences said.
+        CheckpointError: there were checkpoints and none can be used.
+        DataError: the shards are not those of the run.
+        StorageError: the folder cannot be written.
+    """
+    changed: list[tuple[str, Any, Any]] = []
+    if layout.manifest.exists():
+        manifest = read_run_manifest(layout)
+        history = read_history(layout.events)
+        base = _with_recorded_overrides(manifest.config, history)
+        changed = differences(base, config)
+        _refuse_changes(changed, may_override=may_override)
+        config = _apply(base, changed)
+        _refuse_other_data(manifest, data)
+    else:
+        _refuse_foreign_folder(layout)
+        config = resolve(config)
+        manifest = _new_manifest(config, recipe=recipe, data=data)
+        write_run_manifest(layout, manifest)
+        history = History(events=[], num_bad_lines=0)
+    if history.num_bad_lines:
+        warn(f"{layout.events}: {history.num_bad_lines} lines cannot be read and are skipped")
+    events = EventWriter(layout.events, segment=history.num_segments + 1)
+    restorable = _find_checkpoint(layout, manifest=manifest, history=history, events=events)
+    for field, old, new in changed:
+        if not is_harmless(field):
+            events.append("override", field=field, old=old, new=new)
+    return OpenedRun(manifest, config, history, events, restorable, changed)
+
+
+def _find_checkpoint(
+    layout: RunLayout, *, manifest: RunManifest, history: History, events: EventWriter
+) -> Restorable | None:
+    remove_litter(layout)
+
+    def quarantined(step: int, place: Path, reason: str) -> None:
+        warn(f"checkpoint {step} is damaged and was set aside in {place}: {reason}")
+        events.append("checkpoint_quarantined", step=step, path=str(place), reason=reason)
+
+    found = newest_restorable(
+        layout,
+        run_id=manifest.run_id,
+        dropped={event["step"] for event in history.of_kind("train_state_dropped")},
+        quarantined=quarantined,
+    )
+    saved = history.latest_by_step("checkpoint_saved")
+    if found is None and saved:
+        raise CheckpointError(
+            f"{layout.checkpoints}: none of the {len(saved)} recorded checkpoints can be used",
+            hint=f"look at {layout.quarantine}; a run never starts over in its own folder, "
+            "so choose another --run for a new start",
+        )
+    if found is not None and found.step not in saved:
+        # Killed between the checkpoint's rename and its event.
+        events.append("checkpoint_saved", step=found.step, sha256=found.sha256, recovered=True)
+    return found
+
+
+def _with_recorded_overrides(config: Config, history: History) -> Config:
+    """The manifest's config with the overrides that earlier segments took."""
+    taken = [(e["field"], e["old"], e["new"]) for e in history.of_kind("override")]
+    return _apply(config, taken)
+
+
+def _apply(config: Config, changes: list[tuple[str, Any, Any]]) -> Config:
+    plain = as_plain(config)
+    for field, _, new in changes:
+        section, name = field.split(".")
+        plain[section][name] = new
+    return config_from_plain(plain, source="the changed recipe")
+
+
+def _refuse_changes(changed: list[tuple[str, Any, Any]], *, may_override: bool) -> None:
+    refused = [c for c in changed if not is_harmless(c[0])]
+    fixed = [c for c in refused if is_fixed(c[0])]
+    if not refused or (may_override and not fixed):
+        return
+    lines = [f"  {field}: the run has {old!r}, asked for {new!r}" for field, old, new in refused]
+    if fixed:
+        hint = "architecture and data of a run never change; choose another --run"
+    else:
+        hint = "use the run's own recipe, or add --override to change it on purpose (recorded)"
+    raise UsageError("the recipe differs from the run's\n" + "\n".join(lines), hint=hint)
+
+
+def _refuse_other_data(manifest: RunManifest, data: PreparedData) -> None:
+    found = data.validation.fingerprint if data.validation else None
+    for what, ours, theirs in (
+        ("training shards", manifest.data_fingerprint, data.train.fingerprint),
+        ("validation shards", manifest.validation_fingerprint, found),
+        ("tokenizer", manifest.tokenizer_sha256, data.tokenizer_sha256),
+    ):
+        if ours != theirs:
+            raise DataError(
+                f"{data.folder}: the {what} are not those of the run "
+                f"({str(theirs)[:12]} instead of {str(ours)[:12]})",
+                hint="point --data.path to the folder that the run was made with",
+            )
+
+
+def _refuse_foreign_folder(layout: RunLayout) -> None:
+    with storage_errors(layout.root):
+        strangers = [e.name for e in layout.root.iterdir() if e.name != layout.lock.name]
+    leftovers = [name for name in strangers if not name.startswith(f".{layout.manifest.name}.")]
+    if leftovers:
+        raise UsageError(
+            f"{layout.root} is not empty and holds no run (it has {sorted(leftovers)[0]})",
+            hint="choose a new folder with --run",
+        )
+
+
+def _new_manifest(config: Config, *, recipe: str, data: PreparedData) -> RunManifest:
+    return RunManifest(
+        run_id=uuid.uuid4().hex,
+        created=utc_now(),
+        config=config,
+        recipe=recipe,
+        data_fingerprint=data.train.fingerprint,
+        validation_fingerprint=data.validation.fingerprint if data.validation else None,
+        tokenizer_sha256=data.tokenizer_sha256,
+        environment=describe_environment(),
+    )

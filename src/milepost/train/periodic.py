@@ -1,0 +1,29 @@
+"""What happens every so many steps, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """An action that is due when `step` is a multiple of `every_steps`, and at the end.
+
+    Attributes:
+        every_steps: None means only at the end.
+        action: called with the step.
+        at_start: whether it also runs before the first update of a new run.
+    """
+
+    every_steps: int | None
+    action: Callable[[int], None]
+    at_start: bool = False
+
+    def is_due(self, step: int, *, last_step: int) -> bool:
+        """Whether the action runs after `step` updates."""
+        if step == 0:
+            return self.at_start
+        if step == last_step:
+            return True
+        return self.every_steps is not None and step % self.every_steps == 0

@@ -1,0 +1,70 @@
+"""What "auto" means on a device: resolved once, when a run is made, and stored in it."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+
+import torch
+
+from milepost.config.schema import Config
+
+WORTHWHILE_RATIO = 1.3
+"""bfloat16 must win its matrix products by so much, since casts and reductions cost too."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_precision(requested: str, *, device: torch.device) -> str:
+    """The compute dtype for "auto": bfloat16 where it is faster than float32, else float32."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if _matmul_ratio(device) > WORTHWHILE_RATIO else "float32"
+
+
+def _matmul_ratio(device: torch.device) -> float:
+    """Seconds of a float32 matrix product over those of a bfloat16 one, medians of 5."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 512, dtype=dtype, device=device)
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(left, left)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = statistics.median(times[1:])
+    return seconds[torch.float32] / max(seconds[torch.bfloat16], 1e-9)
+
+
+def resolve_compile(requested: bool | str, *, config: Config, device: torch.device) -> bool:
+    """Whether to compile: on GPUs; on a CPU where a compiler is there and the run is long.
+
+    A block takes about half a minute to compile on a CPU; a run of few tokens would not win
+    that back.
+    """
+    if requested != "auto":
+        return bool(requested)
+    if device.type == "cuda":
+        return True
+    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    work_tokens = config.train.total_steps * config.train.global_batch_tokens
+    work = work_tokens * config.model.hidden_size**2 * config.model.num_hidden_layers
+    return has_compiler and work > COMPILE_PAYS_WORK
+
+
+COMPILE_PAYS_WORK = 2e12
+"""Tokens x layers x width^2 above which compiling was seen to win on two cores."""
+
+
+def make_deterministic(*, device: torch.device) -> None:
+    """Settings under which equal inputs give equal bits on this device."""
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory finds bugs of torch's own; it costs time and changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,185 @@
+"""One rank of a run, from its place among the others to the end of its segment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milepost.config.schema import Config
+from milepost.core.console import say
+from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
+from milepost.core.files import exclusive_lock, storage_errors
+from milepost.core.units import format_count
+from milepost.data.shards import PreparedData, open_prepared
+from milepost.distributed.devices import check_ranks
+from milepost.distributed.place import Place
+from milepost.distributed.world import World, die_with_parent, join_world
+from milepost.planner.cost import count_parameters
+from milepost.runs.events import EventWriter
+from milepost.runs.layout import RunLayout
+from milepost.train.build import Agreement, agree, build, check_vocabulary, start_segment
+from milepost.train.loop import LoopParts, run_loop
+from milepost.train.opening import OpenedRun, open_run
+from milepost.train.precision import make_deterministic, resolve_compile, resolve_precision
+from milepost.train.stop import StopSignal
+
+Summary = dict[str, Any]
+
+
+def train_as_rank(
+    place: Place, *, config: Config, recipe: str, run: Path, may_override: bool
+) -> Summary | None:
+    """Trains as one rank of a run until its last step or a stop.
+
+    Args:
+        place: of this process.
+        config: from the recipe; "auto" is resolved when the run is made.
+        recipe: what the person called it.
+        run: the run folder.
+        may_override: take changes that alter the numbers.
+
+    Returns:
+        What was reached, on the main rank; None on the others.
+
+    Raises:
+        MilepostError: with the exit code of the contract.
+    """
+    stop = StopSignal()
+    die_with_parent(place)
+    check_ranks(place.size, lanes=config.train.lanes)
+    if not config.data.path:
+        raise UsageError(
+            "data.path is not set",
+            hint="add --data.path DIR, a folder that milepost data prepare wrote",
+        )
+    layout = RunLayout(run)
+    with contextlib.ExitStack() as stack:
+        data = open_prepared(Path(config.data.path))
+        check_vocabulary(config, data=data)
+        if place.rank == 0:
+            _verify(data)
+            with storage_errors(run):
+                run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_type == "cpu" and place.started_by == "milepost":
+            torch.set_num_threads(1)
+        world = stack.enter_context(join_world(place, device_type=device_type))
+        opened = None
+        if world.is_main:
+            opened = open_run(
+                layout,
+                config=config,
+                recipe=recipe,
+                data=data,
+                resolve=_resolver(world),
+                may_override=may_override,
+            )
+        agreement = agree(opened, world=world)
+        if agreement.is_finished:
+            return _already_done(opened, layout)
+        if agreement.config.train.deterministic:
+            make_deterministic(device=world.device)
+        parts = build(
+            agreement,
+            layout=layout,
+            data=data,
+            opened=opened,
+            world=world,
+            stop_requested=stop.is_requested,
+        )
+        if opened is not None:
+            _introduce(agreement, data)
+            start_segment(parts, opened=opened, config=agreement.config, world=world, layout=layout)
+        return _run_segment(parts, layout=layout, agreement=agreement)
+
+
+def _verify(data: PreparedData) -> None:
+    say(f"checking the shards in {data.folder}")
+    data.train.verify()
+    if data.validation is not None:
+        data.validation.verify()
+
+
+def _resolver(world: World) -> Callable[[Config], Config]:
+    def resolve(config: Config) -> Config:
+        train = config.train
+        resolved = train.model_copy(
+            update={
+                "precision": resolve_precision(train.precision, device=world.device),
+                "compile": resolve_compile(train.compile, config=config, device=world.device),
+            }
+        )
+        return config.model_copy(update={"train": resolved})
+
+    return resolve
+
+
+def _introduce(agreement: Agreement, data: PreparedData) -> None:
+    config = agreement.config
+    count = count_parameters(config.model).total
+    say(
+        f"{format_count(count)} parameters; {format_count(data.train.num_tokens)} tokens in "
+        f"{data.folder}; {config.last_step} steps of {config.train.global_batch_tokens:,} tokens"
+    )
+
+
+def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None:
+    if opened is None or opened.restorable is None:
+        return None
+    say(f"{layout.root}: done, all {opened.config.last_step} steps")
+    return {"run": str(layout.root), "status": "done", "step": opened.restorable.step}
+
+
+def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -> Summary | None:
+    try:
+        was_stopped = run_loop(parts)
+    except MilepostError as error:
+        _record_failure(parts, error)
+        raise
+    if parts.events is None:
+        return {"status": "stopped"} if was_stopped else None
+    step = parts.progress.step
+    config = agreement.config
+    reason = "stop requested" if was_stopped else "done"
+    if not was_stopped and step < config.train.total_steps:
+        reason = "stop_at_step"
+    _end_segment(parts, reason)
+    if was_stopped:
+        say(f"stopped on request at step {step}, saved; the same command goes on")
+    else:
+        say(f"{layout.root}: {reason}, {step} of {config.train.total_steps} steps")
+    return {
+        "run": str(layout.root),
+        "status": "stopped" if was_stopped else "done",
+        "step": step,
+        "tokens_seen": parts.progress.tokens_seen,
+        "training_seconds": parts.progress.training_seconds,
+    }
+
+
+def _record_failure(parts: LoopParts, error: MilepostError) -> None:
+    """Leaves word of why the segment ended, where the disk still takes it."""
+    if isinstance(error, DivergedError):
+        reason = "diverged"
+    elif isinstance(error, StorageError):
+        reason = "storage"
+    else:
+        reason = "failed"
+    with contextlib.suppress(StorageError):
+        _end_segment(parts, reason)
+
+
+def _end_segment(parts: LoopParts, reason: str) -> None:
+    events: EventWriter | None = parts.events
+    if events is not None:
+        events.append(
+            "segment_ended",
+            reason=reason,
+            step=parts.progress.step,
+            training_seconds=parts.progress.training_seconds,
+        )

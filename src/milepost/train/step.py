@@ -1,0 +1,163 @@
+"""One update: microbatches forward and backward, lanes summed, clipped, refused or applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from milepost.config.schema import Config
+from milepost.core.errors import DivergedError
+from milepost.distributed.reduce import gather_in_rank_order
+from milepost.distributed.world import World
+from milepost.train.gradients import LaneGradients
+from milepost.train.optimizer import set_learning_rate
+
+FIRST_LOSS_SCALE = 65536.0
+SMALLEST_LOSS_SCALE = 1.0
+STEPS_TO_DOUBLE_SCALE = 2000
+
+Objective = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+"""(input_ids [B, T], targets [B, T], scale) -> (scale x sum of nats, nats [B, T] float32)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update gave.
+
+    Attributes:
+        loss_nats: mean over the global batch's target tokens.
+        grad_norm: L2, before clipping.
+        num_repeats: float16 overflows that made the batch run again.
+        is_stop_requested: whether any rank was asked to stop.
+    """
+
+    loss_nats: float
+    grad_norm: float
+    num_repeats: int
+    is_stop_requested: bool
+
+
+@dataclass
+class LossScale:
+    """float16's loss scale: halved at an overflow, doubled after a long quiet; 1 elsewhere."""
+
+    value: float = 1.0
+    steps_at_scale: int = 0
+
+    def after_update(self, *, precision: str) -> None:
+        """Counts one finite update."""
+        if precision != "float16":
+            return
+        self.steps_at_scale += 1
+        if self.steps_at_scale >= STEPS_TO_DOUBLE_SCALE:
+            self.value, self.steps_at_scale = self.value * 2, 0
+
+    def after_overflow(self) -> None:
+        """Halves the scale."""
+        self.value, self.steps_at_scale = self.value / 2, 0
+
+
+class Stepper:
+    """Runs updates of one model on one rank.
+
+    Args:
+        objective: the forward pass and its loss, for one microbatch.
+        optimizer: of the model's parameters.
+        gradients: the model's lane buffers.
+        config: of the run.
+        world: of this process.
+        loss_scale: restored with the run.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        optimizer: torch.optim.Optimizer,
+        gradients: LaneGradients,
+        config: Config,
+        world: World,
+        loss_scale: LossScale,
+    ) -> None:
+        self._objective = objective
+        self._optimizer = optimizer
+        self._gradients = gradients
+        self._config = config
+        self._world = world
+        self.loss_scale = loss_scale
+
+    def run_step(
+        self, batch: np.ndarray, *, learning_rate: float, stop_requested: Callable[[], bool]
+    ) -> StepResult:
+        """One update with one global batch; every rank must call.
+
+        Args:
+            batch: [rows, T + 1] token ids of the whole global batch.
+            learning_rate: of this update.
+            stop_requested: asked once, after the backward passes.
+
+        Raises:
+            DivergedError: loss or norm is not finite; weights and moments are untouched.
+        """
+        num_repeats = 0
+        while True:
+            loss_nats, is_stopping = self._accumulate(batch, stop_requested)
+            flat = self._gradients.sum_all(world=self._world)
+            if self.loss_scale.value != 1.0:
+                flat.div_(self.loss_scale.value)
+            grad_norm = float(torch.linalg.vector_norm(flat))
+            if math.isfinite(grad_norm) and math.isfinite(loss_nats):
+                break
+            overflowed = self._config.train.precision == "float16" and math.isfinite(loss_nats)
+            if not overflowed or self.loss_scale.value <= SMALLEST_LOSS_SCALE:
+                raise DivergedError(
+                    f"loss {loss_nats:g}, gradient norm {grad_norm:g}: not finite; "
+                    "the update was refused and the weights are as they were",
+                    hint="lower optimizer.learning_rate, lengthen the warm-up, or look at the "
+                    "data of this step with milepost data inspect",
+                )
+            self.loss_scale.after_overflow()
+            num_repeats += 1
+        self._update(flat, grad_norm, learning_rate)
+        return StepResult(loss_nats, grad_norm, num_repeats, is_stopping)
+
+    def _accumulate(
+        self, batch: np.ndarray, stop_requested: Callable[[], bool]
+    ) -> tuple[float, bool]:
+        """Forward and backward over this rank's lanes; mean loss and whether to stop, agreed."""
+        world, train = self._world, self._config.train
+        num_rows, num_targets = batch.shape[0], batch.shape[0] * (batch.shape[1] - 1)
+        rows_per_lane = num_rows // train.lanes
+        first_row = world.rank * (num_rows // world.size)
+        row_nats: list[torch.Tensor] = []
+        for lane in range(train.lanes // world.size):
+            self._gradients.begin_lane()
+            lane_start = first_row + lane * rows_per_lane
+            for start in range(lane_start, lane_start + rows_per_lane, train.microbatch_rows):
+                inputs, targets = self._to_device(batch[start : start + train.microbatch_rows])
+                loss, nats = self._objective(inputs, targets, self.loss_scale.value / num_targets)
+                loss.backward()
+                row_nats.append(nats.double().sum(dim=1))
+            self._gradients.end_lane()
+        flag = torch.tensor([float(stop_requested())], dtype=torch.float64, device=world.device)
+        gathered = gather_in_rank_order(torch.cat([*row_nats, flag]), world=world).cpu()
+        total_nats = sum(gathered[:, :-1].flatten().tolist())
+        return total_nats / num_targets, bool(gathered[:, -1].any())
+
+    def _to_device(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.from_numpy(rows.astype(np.int64))
+        if self._world.device.type == "cuda":
+            ids = ids.pin_memory().to(self._world.device, non_blocking=True)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def _update(self, flat: torch.Tensor, grad_norm: float, learning_rate: float) -> None:
+        limit = self._config.optimizer.clip_grad_norm
+        if limit is not None and grad_norm > limit:
+            flat.mul_(limit / grad_norm)
+        set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self.loss_scale.after_update(precision=self._config.train.precision)

@@ -1,0 +1,229 @@
+"""Everything a run's files say, read once into plain tables by step.
+
+Reads through `milepost.runs` only and changes nothing. Of two entries for a step the later in the
+file counts; a value that is missing, not a number or not finite is None.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from milepost.core.errors import CheckpointError
+from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
+from milepost.runs.layout import RunLayout
+from milepost.runs.manifest import RunManifest, read_run_manifest
+from milepost.runs.records import read_samples
+from milepost.trajectory.fields import finite, whole
+from milepost.trajectory.segments import Segment, segments_of
+
+STEP_FIELDS = (
+    "data_step",
+    "loss_nats",
+    "grad_norm",
+    "learning_rate",
+    "tokens_seen",
+    "tokens_per_second",
+    "step_seconds",
+    "mfu_fraction",
+    "scale",
+)
+VALIDATION_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "seconds")
+HELLASWAG_FIELDS = ("acc_norm", "acc_norm_stderr")
+
+TOLD_ELSEWHERE = frozenset(
+    [
+        "segment_started",
+        "segment_ended",
+        "step",
+        "validation",
+        "evaluation",
+        "sample",
+        "replayed",
+        "checkpoint_saved",
+        "train_state_dropped",
+    ]
+)
+"""Kinds that have their own place in the report; the others are counted in the summary."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in order of step: one list a column, all of one length.
+
+    Attributes:
+        steps: the step of each row, ascending.
+        segments: the segment that wrote each row, None where it does not say.
+        columns: field name to values; None where a value is missing or not finite.
+    """
+
+    steps: list[int]
+    segments: list[int | None]
+    columns: dict[str, list[float | None]]
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every row where the field has a value."""
+        pairs = zip(self.steps, self.columns[name], strict=True)
+        return [(step, value) for step, value in pairs if value is not None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as the history tells it.
+
+    Attributes:
+        state: "whole", "weights only" (train state dropped) or "quarantined".
+    """
+
+    step: int
+    segment: int | None
+    sha256: str | None
+    num_bytes: float | None
+    seconds: float | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the files of one run hold.
+
+    Attributes:
+        num_bad_lines: file name to lines that were skipped because they could not be read.
+        other_events: kind to count, of the kinds that have no place of their own.
+    """
+
+    layout: RunLayout
+    manifest: RunManifest
+    steps: Table
+    validation: Table
+    hellaswag: Table
+    segments: list[Segment]
+    checkpoints: list[Checkpoint]
+    samples: list[dict[str, Any]]
+    num_bad_lines: dict[str, int]
+    other_events: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """What people call the run."""
+        return self.manifest.config.run.name or self.layout.name
+
+    @property
+    def has_events(self) -> bool:
+        """Whether anything has happened yet."""
+        return bool(self.segments)
+
+    @property
+    def last_step(self) -> int:
+        """The highest step in the history; 0 before the first."""
+        return max([*self.steps.steps[-1:], *self.validation.steps[-1:]], default=0)
+
+    @property
+    def missing_steps(self) -> list[tuple[int, int]]:
+        """Ranges (first, last) of steps absent between the first and the last of the history."""
+        pairs = zip(self.steps.steps, self.steps.steps[1:], strict=False)
+        return [(before + 1, after - 1) for before, after in pairs if after > before + 1]
+
+
+def collect(run: Path) -> Trajectory:
+    """Reads a run folder.
+
+    Raises:
+        UsageError: the folder holds no run.
+        CheckpointError: the manifest is damaged, or a record is of a later schema.
+    """
+    layout = RunLayout(run)
+    manifest = read_run_manifest(layout)
+    history, num_foreign = _known_events(read_history(layout.events), path=layout.events)
+    samples, num_bad_samples = read_samples(layout.samples)
+    bad = {
+        layout.events.name: history.num_bad_lines + num_foreign,
+        layout.samples.name: num_bad_samples,
+    }
+    return Trajectory(
+        layout=layout,
+        manifest=manifest,
+        steps=_table(history.of_kind("step"), STEP_FIELDS),
+        validation=_table(history.of_kind("validation"), VALIDATION_FIELDS),
+        hellaswag=_table(_hellaswag_scores(history), HELLASWAG_FIELDS),
+        segments=segments_of(history.events),
+        checkpoints=_checkpoints(history.events),
+        samples=samples,
+        num_bad_lines={name: count for name, count in bad.items() if count},
+        other_events=_other_events(history.events),
+    )
+
+
+def _known_events(history: History, *, path: Path) -> tuple[History, int]:
+    known = []
+    for event in history.events:
+        version = event.get("v")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path} has events of schema version {version},"
+                f" this program reads {SCHEMA_VERSION}",
+                hint="use the version of Milepost that made the run, or a later one",
+            )
+        if isinstance(event.get("kind"), str):
+            known.append(event)
+    return History(known, history.num_bad_lines), len(history.events) - len(known)
+
+
+def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:
+    latest: dict[int, Event] = {}
+    for event in events:
+        step = whole(event.get("step"))
+        if step is not None:
+            latest[step] = event
+    rows = [latest[step] for step in sorted(latest)]
+    return Table(
+        steps=sorted(latest),
+        segments=[whole(row.get("segment")) for row in rows],
+        columns={name: [finite(row.get(name)) for row in rows] for name in fields},
+    )
+
+
+def _hellaswag_scores(history: History) -> Iterable[Event]:
+    """`evaluation` events of HellaSwag with the length-normalized accuracy as plain fields."""
+    for event in history.of_kind("evaluation"):
+        metrics = event.get("metrics")
+        score = metrics.get("acc_norm") if isinstance(metrics, dict) else None
+        if event.get("benchmark") == "hellaswag" and isinstance(score, dict):
+            values = {"acc_norm": score.get("value"), "acc_norm_stderr": score.get("stderr")}
+            yield event | values
+
+
+def _checkpoints(events: Iterable[Event]) -> list[Checkpoint]:
+    found: dict[int, Checkpoint] = {}
+    for event in events:
+        step = whole(event.get("step"))
+        if step is None:
+            continue
+        if event["kind"] == "checkpoint_saved":
+            found[step] = _saved_checkpoint(event, step=step)
+        elif event["kind"] in _STATE_AFTER and step in found:
+            found[step] = replace(found[step], state=_STATE_AFTER[event["kind"]])
+    return [found[step] for step in sorted(found)]
+
+
+_STATE_AFTER = {"train_state_dropped": "weights only", "checkpoint_quarantined": "quarantined"}
+
+
+def _saved_checkpoint(event: Event, *, step: int) -> Checkpoint:
+    sha256 = event.get("sha256")
+    return Checkpoint(
+        step=step,
+        segment=whole(event.get("segment")),
+        sha256=sha256 if isinstance(sha256, str) else None,
+        num_bytes=finite(event.get("bytes")),
+        seconds=finite(event.get("seconds")),
+        state="whole",
+    )
+
+
+def _other_events(events: Iterable[Event]) -> dict[str, int]:
+    counts = Counter(e["kind"] for e in events if e["kind"] not in TOLD_ELSEWHERE)
+    return dict(sorted(counts.items()))

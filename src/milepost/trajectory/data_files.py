@@ -1,0 +1,62 @@
+"""The data of every figure as CSV, all values, beside the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from milepost.trajectory.collect import Table, Trajectory
+from milepost.trajectory.figures import PANEL_KINDS
+from milepost.trajectory.segments import Segment
+
+CHECKPOINT_COLUMNS = ("step", "segment", "sha256", "bytes", "seconds", "state")
+SEGMENT_COLUMNS = (
+    *("segment", "first_step", "last_step", "restored_step", "restored", "exactness", "reason"),
+    *("compared_steps", "equal_steps", "ranks", "threads", "device", "precision", "host"),
+    *("end_reason", "training_seconds", "wall_seconds"),
+)
+
+
+def data_files(trajectory: Trajectory) -> dict[str, str]:
+    """File name to CSV text: one of each panel, the segments and the checkpoints."""
+    files = {}
+    for kind in PANEL_KINDS:
+        fields = (kind.field, *kind.extra_fields)
+        files[f"{kind.key}.csv"] = _table_csv(kind.table(trajectory), fields)
+    segments = [_segment_row(segment) for segment in trajectory.segments]
+    files["segments.csv"] = _csv(SEGMENT_COLUMNS, segments)
+    checkpoints = [
+        (c.step, c.segment, c.sha256, c.num_bytes, c.seconds, c.state)
+        for c in trajectory.checkpoints
+    ]
+    files["checkpoints.csv"] = _csv(CHECKPOINT_COLUMNS, checkpoints)
+    return files
+
+
+def _table_csv(table: Table, fields: Sequence[str]) -> str:
+    columns = [table.columns[name] for name in fields]
+    rows = zip(table.steps, table.segments, *columns, strict=True)
+    return _csv(("step", "segment", *fields), rows)
+
+
+def _segment_row(segment: Segment) -> tuple[Any, ...]:
+    replay = segment.replay
+    return (
+        *(segment.number, segment.first_step, segment.last_step, segment.restored_step),
+        *(segment.say("restored"), segment.say("exactness"), segment.say("reason")),
+        *((replay.compared, replay.equal) if replay else (None, None)),
+        *(segment.count("ranks"), segment.count("threads"), segment.say("device")),
+        *(segment.say("precision"), segment.say("host"), segment.end_reason),
+        *(segment.training_seconds, segment.wall_seconds),
+    )
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Numbers as Python writes them, so that they read back to the last bit; None is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
