@@ -19,7 +19,10 @@ class HubServer:
     Attributes:
         files: path to content.
         requests: (method, path, Range header) of every request so far.
-        broken_off: paths whose first download breaks off in the middle.
+        broken_off: (path, byte): the download that holds this byte breaks off there, once.
+        held: (path, byte): the download that holds this byte stops there until `let_go` is set.
+        is_held, let_go: whether one is held, and what ends the hold.
+        spoiled: paths that come with a changed byte.
     """
 
     repository = "owner/name"
@@ -27,7 +30,11 @@ class HubServer:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.requests: list[tuple[str, str, str | None]] = []
-        self.broken_off: set[str] = set()
+        self.broken_off: set[tuple[str, int]] = set()
+        self.held: set[tuple[str, int]] = set()
+        self.is_held = threading.Event()
+        self.let_go = threading.Event()
+        self.spoiled: set[str] = set()
         hub = self
 
         class Handler(_Handler):
@@ -56,6 +63,7 @@ class HubServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.let_go.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -85,7 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path, self.headers.get("Range")))
         api = f"/api/datasets/{hub.repository}"
         resolve = f"/datasets/{hub.repository}/resolve/{COMMIT}/"
-        if path in (api, f"{api}/revision/main", f"{api}/revision/v1.0"):
+        if path in (
+            api,
+            f"{api}/revision/main",
+            f"{api}/revision/v1.0",
+            f"{api}/revision/{COMMIT}",
+        ):
             self._json({"id": hub.repository, "sha": COMMIT, "siblings": [], "tags": []})
         elif path.startswith(f"{api}/revision/"):
             self._error("RevisionNotFound")
@@ -112,22 +125,29 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = hub.files[path]
         wanted = self.headers.get("Range")
-        start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
-        part = content[start:]
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), min(int(last or len(content)) + 1, len(content))
+        if path in hub.spoiled:
+            content = content[:-1] + b"?"
+        part = content[start:end]
         self.send_response(206 if wanted else 200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("Content-Length", str(len(part)))
         if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()
         if self.command == "HEAD":
             return
-        if path in hub.broken_off and not wanted:
-            self.wfile.write(part[: len(part) // 2])
-            self.wfile.flush()
+        if any(held[0] == path and start <= held[1] < end for held in hub.held):
+            hub.is_held.set()
+            hub.let_go.wait()
             self.close_connection = True
             return
+        for broken in [b for b in hub.broken_off if b[0] == path and start <= b[1] < end]:
+            hub.broken_off.remove(broken)
+            part = content[start : broken[1]]
+            self.close_connection = True
         self.wfile.write(part)
 
     def _json(self, value: Any) -> None:
@@ -155,4 +175,5 @@ def _wanted_paths(body: bytes) -> list[str]:
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
     oid = hashlib.sha1(content).hexdigest()
-    return {"type": "file", "path": path, "size": len(content), "oid": oid}
+    lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return {"type": "file", "path": path, "size": len(content), "oid": oid, "lfs": lfs}

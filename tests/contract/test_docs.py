@@ -53,6 +53,8 @@ def milepost_words(line: str) -> list[str] | None:
     words = shlex.split(line, comments=True)
     while words and re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
+    if words[0] == "torchrun":
+        words = words[words.index("--") + 1 :]
     if words[0] in ("./run", "milepost"):
         return words[1:]
     assert words[0] in OTHER_PROGRAMS, f"what is {words[0]} in {line!r}?"

@@ -20,7 +20,7 @@ PREPARE = """
 import sys
 from milepost.cli.main import run
 from milepost.data import blocks
-blocks.BLOCK_BYTES, blocks.READ_BYTES = 20_000, 5_000
+blocks.BLOCK_BYTES, blocks.READ_BYTES = 30_000, 5_000
 sys.exit(run(["data", "prepare", *sys.argv[1:]]))
 """
 
@@ -29,14 +29,15 @@ sys.exit(run(["data", "prepare", *sys.argv[1:]]))
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source") / "a.jsonl"
     with path.open("w") as file:
-        for number in range(6000):
+        for number in range(1200):
             text = " ".join(f"word{(number * 7 + place) % 997}" for place in range(60))
             file.write(json.dumps({"text": text, "id": str(number)}) + "\n")
     return path
 
 
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PREPARE, str(source), "--out", str(out), "--val-fraction", "0.1"]
+    words = [sys.executable, "-c", PREPARE, str(source), "--out", str(out)]
+    words += ["--val-fraction", "0.1", "--tokenizer", "train:300"]
     return subprocess.Popen(
         [*words, *options], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -62,7 +63,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(source: Path, tmp_path: 
     whole = start(source, tmp_path / "whole", "--workers", "1")
     assert whole.wait(timeout=120) == 0
     out = tmp_path / "killed"
-    for kill_at in (1, 30, 70):
+    for kill_at in (1, 6, 12):
         process = start(source, out, "--workers", "1")
         wait_for_pieces(out, process, kill_at)
         assert process.poll() is None, "it ended before it could be killed"
@@ -75,7 +76,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(source: Path, tmp_path: 
     _, talk = last.communicate(timeout=120)
     assert last.returncode == 0, talk
     assert "going on with" in talk
-    assert len(done_before) >= 70
+    assert len(done_before) >= 12
     assert content_of(out) == content_of(tmp_path / "whole")
 
 
@@ -108,22 +109,26 @@ def test_ctrl_c_ends_a_preparation_without_a_traceback(source: Path, tmp_path: P
 def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(
     source: Path, tmp_path: Path, workers: str
 ) -> None:
-    """No file may grow above the size of a piece: the first shard cannot be written."""
+    """No file may grow above a limit that the pieces reach, or the shards do."""
     out = tmp_path / "out"
+    limit = 14_000 if workers == "2" else 400_000  # of a piece, of a shard
+    options = ["--workers", workers]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if workers == "2" else 2_000_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        process = start(source, out, "--workers", workers)
+        process = start(source, out, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 7, talk
     errors = [line for line in talk.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "cannot write" in errors[0] and "Traceback" not in talk
+    place = ".partial/pieces" if workers == "2" else "train-00000.tokens"
+    assert len(errors) == 1 and "Traceback" not in talk
+    assert "cannot write" in errors[0] and place in errors[0]
     with pytest.raises(DataError, match="holds no prepared data"):
         open_prepared(out)
     if workers == "1":
-        again = start(source, out, "--workers", workers)
+        again = start(source, out, *options)
         _, talk = again.communicate(timeout=120)
         assert again.returncode == 0, talk
         open_prepared(out).train.verify()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from milepost.data.prepare import prepare
 from milepost.data.shards import PreparedData, open_prepared
 
 TEXTS = [f"Document {n} says {n * n} and " + "again " * (n % 7) for n in range(150)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    """These tests lose no power; a hundred small folders would wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def make(folder: Path) -> PreparedData:

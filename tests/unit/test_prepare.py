@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from milepost.data.prepare import PrepareSummary, prepare
 from milepost.data.shards import PreparedData, open_prepared
 
 TEXTS = ["First text.", "Second text, with “quotes”.\r\nAnd lines.", "Third <|endoftext|> text"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_fsync() -> Iterator[None]:
+    """These tests lose no power; a hundred small folders would wait for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def run(source: Path, out: Path, **options: Any) -> PrepareSummary:

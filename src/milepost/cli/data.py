@@ -97,8 +97,9 @@ def _say_summary(summary: PrepareSummary) -> None:
     if summary.dropped:
         say(f"the first of each reason are listed in {summary.out / 'dropped.jsonl'}")
     if not summary.was_done:
-        speed = num_bytes / 1e6 / max(summary.seconds, 1e-3)
-        say(f"took {format_duration(summary.seconds)}, {speed:.1f} MB/s")
+        speed = f", {num_bytes / 1e6 / max(summary.seconds, 1e-3):.1f} MB/s"
+        speed = "" if summary.was_continued else speed  # of a part nothing can be said
+        say(f"took {format_duration(summary.seconds)}{speed}")
 
 
 def inspect(

@@ -312,7 +312,6 @@ def _plain(column: Any) -> list[Any]:
 
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    kind = column.type
-    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+    if str(column.type) in ("string", "large_string", "string_view"):
         column = column.cast(pyarrow.large_binary())
     return column.to_pylist()

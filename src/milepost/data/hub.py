@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import posixpath
+import hashlib
+import itertools
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +19,14 @@ from typing import Any, Self
 
 from milepost.core.console import say
 from milepost.core.errors import DataError, UsageError
-from milepost.core.files import as_storage_error, is_disk_failure
+from milepost.core.files import sha256_of_file, storage_errors
 from milepost.core.units import format_bytes
-from milepost.data.sources import FORMS, SourceFile, form_of
+from milepost.data.sources import FORMS, HubPlace, SourceFile, form_of
 
 DATASETS_PREFIX = "hf://datasets/"
+FETCH_BYTES = 16 << 20
+"""So much is asked for at once; a break loses no more."""
+
 _PATTERN_CHARACTERS = "*?["
 
 
@@ -52,7 +56,9 @@ def find_hub_files(source: str) -> list[SourceFile]:
             size_bytes=int(entry.size),
             modified_ns=0,
             path=None,
-            hub=(repository, commit, entry.path),
+            hub=HubPlace(
+                repository, commit, entry.path, sha256=entry.lfs.sha256 if entry.lfs else None
+            ),
         )
         for entry in sorted(entries, key=lambda entry: entry.path)
         if (form := form_of(entry.path)) and _matches(entry.path, path)
@@ -81,9 +87,8 @@ def _entries(api: Any, repository: str, commit: str, path: str) -> Iterator[Any]
     from huggingface_hub.hf_api import RepoFile
 
     where: dict[str, Any] = {"revision": commit, "repo_type": "dataset"}
-    parts = path.split("/")
-    plain = [part for part in parts if not any(c in part for c in _PATTERN_CHARACTERS)]
-    base = "/".join(parts[: len(plain)] if plain == parts[: len(plain)] else [])
+    plain = itertools.takewhile(lambda part: not _is_pattern(part), path.split("/"))
+    base = "/".join(plain)
     found = api.get_paths_info(repository, [base], **where) if base else []
     if any(isinstance(entry, RepoFile) for entry in found):
         yield from found
@@ -92,9 +97,13 @@ def _entries(api: Any, repository: str, commit: str, path: str) -> Iterator[Any]
         yield from (entry for entry in tree if isinstance(entry, RepoFile))
 
 
+def _is_pattern(text: str) -> bool:
+    return any(character in text for character in _PATTERN_CHARACTERS)
+
+
 def _matches(path: str, wanted: str) -> bool:
     """Whether a file is what a path or pattern means."""
-    if not any(character in wanted for character in _PATTERN_CHARACTERS):
+    if not _is_pattern(wanted):
         return not wanted or path == wanted or path.startswith(wanted + "/")
     if "**" in wanted:
         return fnmatch.fnmatchcase(path, wanted.replace("**/", "*").replace("**", "*"))
@@ -132,26 +141,20 @@ class Fetcher:
         return self._fetched[file.name].result()
 
     def _fetch(self, file: SourceFile) -> Path:
+        """Streams a file to the disk, from where an earlier call broke off."""
         assert file.hub is not None
-        repository, commit, path = file.hub
-        with _hub_errors(file.name, folder=self._folder):
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
-            say(f"fetching {file.name} ({format_bytes(file.size_bytes)})")
-            folder = self._folder / posixpath.basename(repository)
-            fetched = Path(
-                hf_hub_download(
-                    repository, path, repo_type="dataset", revision=commit, local_dir=folder
-                )
-            )
-        if fetched.stat().st_size != file.size_bytes:
-            raise DataError(
-                f"{file.name} came with {fetched.stat().st_size} bytes, not {file.size_bytes}",
-                hint="run the same command again",
-            )
-        return fetched
+        target = self._folder / hashlib.sha256(file.name.encode()).hexdigest()[:16]
+        target = target.with_suffix(Path(file.name).suffix)
+        with storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done_bytes = target.stat().st_size if target.exists() else 0
+        if done_bytes < file.size_bytes:
+            already = f", {format_bytes(done_bytes)} are here already" if done_bytes else ""
+            say(f"fetching {file.name} ({format_bytes(file.size_bytes)}{already})")
+            with _hub_errors(file.name):
+                _stream(file, target, done_bytes)
+        _check(file, target)
+        return target
 
     def forget(self, file: SourceFile) -> None:
         """Deletes what was fetched of a file that is done."""
@@ -170,8 +173,31 @@ class Fetcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
+def _stream(file: SourceFile, target: Path, done_bytes: int) -> None:
+    from huggingface_hub import HfFileSystem
+
+    assert file.hub is not None
+    remote_path = f"datasets/{file.hub.repository}@{file.hub.commit}/{file.hub.path}"
+    with HfFileSystem().open(remote_path, "rb", cache_type="none") as remote:
+        remote.seek(done_bytes)
+        while data := remote.read(FETCH_BYTES):
+            with storage_errors(target), target.open("ab") as local:
+                local.write(data)
+
+
+def _check(file: SourceFile, target: Path) -> None:
+    assert file.hub is not None
+    size, sha256 = target.stat().st_size, file.hub.sha256
+    if size == file.size_bytes and sha256 in (None, sha256_of_file(target)):
+        return
+    target.unlink()
+    raise DataError(
+        f"{file.name} came with other bytes than the hub says", hint="run the same command again"
+    )
+
+
 @contextlib.contextmanager
-def _hub_errors(what: str, *, folder: Path | None = None) -> Iterator[None]:
+def _hub_errors(what: str) -> Iterator[None]:
     """Turns what the hub's client raises into errors that say what to do."""
     from huggingface_hub import errors
 
@@ -195,8 +221,6 @@ def _hub_errors(what: str, *, folder: Path | None = None) -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise DataError(f"there is no {what} on the hub", hint="check the path") from error
     except network as error:
-        if folder is not None and isinstance(error, OSError) and is_disk_failure(error):
-            raise as_storage_error(error, path=folder) from error
         raise _unreachable(what, error) from error
 
 

@@ -97,6 +97,7 @@ class Preparation:
     def _settings(self, tokenizer: Tokenizer) -> Settings:
         return Settings(
             tokenizer=str(self._work / TOKENIZER_FOLDER),
+            tokenizer_sha256=tokenizer.sha256,
             dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
             text_field=self.wanted["text_field"],
             val_fraction=self.wanted["val_fraction"] or 0.0,
@@ -121,30 +122,27 @@ class Preparation:
         return load_tokenizer(str(folder))
 
     def _training_texts(self, units: list[Unit], fetcher: Fetcher) -> Iterator[str]:
-        settings = Settings(
-            tokenizer="",
-            dtype="",
-            text_field=self.wanted["text_field"],
-            val_fraction=self.wanted["val_fraction"] or 0.0,
-            skip_bad=self.wanted["skip_bad"],
-        )
         num_bytes = 0
         for unit in units:
             if unit.split == "validation":
                 continue
-            for document in self._documents(unit, fetcher, settings):
-                if split_of(document.text, settings.val_fraction) == "train":
+            for document in self._documents(unit, fetcher):
+                if split_of(document.text, self.wanted["val_fraction"] or 0.0) == "train":
                     yield document.text
                     num_bytes += len(document.text.encode())
                 if num_bytes >= TRAIN_TEXT_BYTES:
                     return
 
-    def _documents(self, unit: Unit, fetcher: Fetcher, settings: Settings) -> Iterator[RawDocument]:
-        names = {number: file.name for number, file in unit.files}
-        for block in read_blocks(
-            unit, paths={number: fetcher.path(file) for number, file in unit.files}
-        ):
-            documents = usable_documents(block, settings=settings, names=names, problems=[])
+    def _documents(self, unit: Unit, fetcher: Fetcher) -> Iterator[RawDocument]:
+        paths = {number: fetcher.path(file) for number, file in unit.files}
+        for block in read_blocks(unit, paths=paths):
+            documents = usable_documents(
+                block,
+                text_field=self.wanted["text_field"],
+                skip_bad=self.wanted["skip_bad"],
+                names={number: file.name for number, file in unit.files},
+                problems=[],
+            )
             yield from (document for _, document in documents)
 
     def _check(self, assembled: Assembled) -> None:

@@ -43,6 +43,7 @@ class PrepareSummary:
         dropped: documents dropped, by reason.
         seconds: how long it took.
         was_done: the folder held all this before.
+        was_continued: a part was done by an earlier call.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class PrepareSummary:
     dropped: dict[str, int]
     seconds: float
     was_done: bool
+    was_continued: bool
 
 
 def prepare(
@@ -99,12 +101,19 @@ def prepare(
     with exclusive_lock(out / ".lock", what=str(out)):
         manifest = _finished(out, wanted, files)
         was_done = manifest is not None
+        was_continued = False
         if manifest is None:
-            _begin_or_go_on(out, wanted, files)
+            was_continued = _begin_or_go_on(out, wanted, files)
             job = Preparation(out=out, files=files, num_train=len(train_files), wanted=wanted)
             manifest = job.run(workers=workers)
         _delete_work(out)
-        return _summary(out, manifest, seconds=time.monotonic() - started, was_done=was_done)
+        return _summary(
+            out,
+            manifest,
+            seconds=time.monotonic() - started,
+            was_done=was_done,
+            was_continued=was_continued,
+        )
 
 
 def _check_options(
@@ -214,8 +223,8 @@ def _finished(out: Path, wanted: dict[str, Any], files: list[SourceFile]) -> dic
     return manifest
 
 
-def _begin_or_go_on(out: Path, wanted: dict[str, Any], files: list[SourceFile]) -> None:
-    """Takes up what an earlier call of the same settings left, or begins anew."""
+def _begin_or_go_on(out: Path, wanted: dict[str, Any], files: list[SourceFile]) -> bool:
+    """Takes up what an earlier call of the same settings left (True), or begins anew."""
     job = out / WORK_FOLDER / "job.json"
     key = wanted | {
         "v": SCHEMA_VERSION,
@@ -224,12 +233,13 @@ def _begin_or_go_on(out: Path, wanted: dict[str, Any], files: list[SourceFile]) 
     }
     if job.exists() and read_json(job, error=DataError) == key:
         say(f"going on with what {job.parent} holds")
-        return
+        return True
     if job.exists():
         say("the sources or settings changed since the last attempt: beginning anew")
     _delete_work(out)
     delete_shards(out)
     write_json(job, key)
+    return False
 
 
 def _delete_work(out: Path) -> None:
@@ -242,7 +252,12 @@ def _delete_work(out: Path) -> None:
 
 
 def _summary(
-    out: Path, manifest: dict[str, Any], *, seconds: float, was_done: bool
+    out: Path,
+    manifest: dict[str, Any],
+    *,
+    seconds: float,
+    was_done: bool,
+    was_continued: bool,
 ) -> PrepareSummary:
     splits = {
         name: split and {key: value for key, value in split.items() if key != "shards"}
@@ -255,4 +270,5 @@ def _summary(
         dropped=manifest["dropped"],
         seconds=seconds,
         was_done=was_done,
+        was_continued=was_continued,
     )

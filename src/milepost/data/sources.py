@@ -26,6 +26,23 @@ HUB_PREFIX = "hf://"
 
 
 @dataclass(frozen=True)
+class HubPlace:
+    """Where a file lies on the hub.
+
+    Attributes:
+        repository: owner/name of the dataset.
+        commit: the commit that is read.
+        path: in the repository.
+        sha256: of the file, None where the hub does not say.
+    """
+
+    repository: str
+    commit: str
+    path: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """One file that documents are read from.
 
@@ -35,7 +52,7 @@ class SourceFile:
         size_bytes: of the file as it lies.
         modified_ns: time of its last change, 0 for a file of the hub.
         path: where it lies; None for a file of the hub until it is fetched.
-        hub: its place on the hub (repository, revision, path), None for a local file.
+        hub: its place on the hub, None for a local file.
     """
 
     name: str
@@ -44,7 +61,7 @@ class SourceFile:
     size_bytes: int
     modified_ns: int
     path: Path | None
-    hub: tuple[str, str, str] | None = None
+    hub: HubPlace | None = None
 
 
 def form_of(name: str) -> tuple[Kind, Compression] | None:

@@ -33,7 +33,8 @@ class Settings:
     """What decides the tokens of a block, equal for all blocks.
 
     Attributes:
-        tokenizer: name or folder, as `load_tokenizer` takes it.
+        tokenizer: folder, as `load_tokenizer` takes it.
+        tokenizer_sha256: of what lies there.
         dtype: name in `DTYPES`.
         text_field: key or column of the text.
         val_fraction: share of documents that are held out, by the hash of their text.
@@ -41,6 +42,7 @@ class Settings:
     """
 
     tokenizer: str
+    tokenizer_sha256: str
     dtype: str
     text_field: str
     val_fraction: float
@@ -118,7 +120,7 @@ def tokenize_block(
         DataError: a document cannot be used and `skip_bad` is off.
         StorageError: the piece cannot be written.
     """
-    tokenizer = _tokenizer(settings.tokenizer)
+    tokenizer = _tokenizer(settings.tokenizer, settings.tokenizer_sha256)
     outputs = {name: _Output() for name in SPLITS}
     problems: list[tuple[int, Problem]] = []
     for batch in _batches(block, settings, names, problems):
@@ -145,8 +147,10 @@ def tokenize_block(
 
 
 @functools.cache
-def _tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
+def _tokenizer(folder: str, sha256: str) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.sha256 == sha256
+    return tokenizer
 
 
 def split_of(text: str, val_fraction: float) -> str:
@@ -158,7 +162,8 @@ def split_of(text: str, val_fraction: float) -> str:
 def usable_documents(
     block: Block,
     *,
-    settings: Settings,
+    text_field: str,
+    skip_bad: bool,
     names: dict[int, str],
     problems: list[tuple[int, Problem]],
 ) -> Iterator[tuple[int, RawDocument]]:
@@ -167,10 +172,10 @@ def usable_documents(
     Raises:
         DataError: names the file and line of what cannot be used, when `skip_bad` is off.
     """
-    for number, item in documents_of(block, text_field=settings.text_field):
+    for number, item in documents_of(block, text_field=text_field):
         if isinstance(item, RawDocument):
             yield number, item
-        elif settings.skip_bad or item.reason in HARMLESS_REASONS:
+        elif skip_bad or item.reason in HARMLESS_REASONS:
             problems.append((number, item))
         else:
             raise DataError(
@@ -185,7 +190,13 @@ def _batches(
 ) -> Iterator[list[tuple[int, RawDocument]]]:
     batch: list[tuple[int, RawDocument]] = []
     num_characters = 0
-    for item in usable_documents(block, settings=settings, names=names, problems=problems):
+    for item in usable_documents(
+        block,
+        text_field=settings.text_field,
+        skip_bad=settings.skip_bad,
+        names=names,
+        problems=problems,
+    ):
         batch.append(item)
         num_characters += len(item[1].text)
         if num_characters >= ENCODE_CHARACTERS:

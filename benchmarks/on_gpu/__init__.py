@@ -1,0 +1,1 @@
+"""Questions of the GPU programme, one a file; `benchmarks/gpu.py` runs them."""
