@@ -15,6 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from milepost.train.precision import DTYPES
+from milepost.train.schedule import learning_rate
 from on_gpu.parity import oracle_of
 from on_gpu.setting import (
     Setting,
@@ -28,9 +31,6 @@ from on_gpu.setting import (
     tell,
     wait,
 )
-
-from milepost.train.precision import DTYPES
-from milepost.train.schedule import learning_rate
 
 QUESTION = "one contender of `peers`, alone"
 RECIPE = "dmas-1.7b"

@@ -13,13 +13,12 @@ import statistics
 import threading
 from typing import Any
 
-from on_gpu.setting import open_setting, peak_share, show_row
-
 from milepost.config.recipe import load_recipe
 from milepost.distributed.place import Place
 from milepost.runs.events import History, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train.rank import train_as_rank
+from on_gpu.setting import open_setting, peak_share, show_row
 
 QUESTION = "what does llama-124m learn in so many minutes?"
 RECIPE = "llama-124m"

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from milepost.core.errors import MilepostError
 from on_gpu.contender import DEFAULTS, NAMES
 from on_gpu.setting import Setting, open_setting, show_row
-
-from milepost.core.errors import MilepostError
 
 QUESTION = "how fast is transformers at the same work?"
 RECIPE = "dmas-1.7b"

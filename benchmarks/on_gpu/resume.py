@@ -11,12 +11,11 @@ import argparse
 import time
 from typing import Any
 
-from on_gpu.setting import Setting, open_setting, show_row, tell
-
 from milepost.core.files import free_bytes
 from milepost.experiments.segment_process import run_segment
 from milepost.runs.events import Event, History, read_history
 from milepost.runs.layout import RunLayout
+from on_gpu.setting import Setting, open_setting, show_row, tell
 
 QUESTION = "is a killed run continued to the last bit, and how long does a save take?"
 RECIPE = "dmas-1.7b"

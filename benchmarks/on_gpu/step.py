@@ -12,9 +12,16 @@ import gc
 import itertools
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
+
+from milepost.config.schema import Config
+from milepost.data.loader import Loader
+from milepost.planner.memory import estimate_memory
+from milepost.train.schedule import learning_rate
+from milepost.train.step import Stepper
 from on_gpu.setting import (
     Setting,
     new_model,
@@ -27,12 +34,6 @@ from on_gpu.setting import (
     tell,
     wait,
 )
-
-from milepost.config.schema import Config
-from milepost.data.loader import Loader
-from milepost.planner.memory import estimate_memory
-from milepost.train.schedule import learning_rate
-from milepost.train.step import Stepper
 
 QUESTION = "speed and memory of a step: microbatches, recompute, determinism"
 RECIPE = "dmas-1.7b"
@@ -56,27 +57,23 @@ def answer(arguments: argparse.Namespace) -> int:
     optimizer = new_optimizer(model, config=setting.config)
     with open_loader(setting, data=data) as loader:
         for config in _variants(setting, arguments):
+            optimizer.zero_grad(set_to_none=True)
             _release(setting)
+            stepper_of = partial(
+                new_stepper,
+                model,
+                optimizer=optimizer,
+                config=config,
+                world=setting.world,
+                end_of_text_id=data.end_of_text_id,
+            )
             try:
-                stepper = new_stepper(
-                    model,
-                    optimizer=optimizer,
-                    config=config,
-                    world=setting.world,
-                    end_of_text_id=data.end_of_text_id,
-                )
+                # The stepper and its buffers live as long as the call.
                 measured = _measure(
-                    stepper,
-                    loader,
-                    config=config,
-                    steps=arguments.steps,
-                    device=setting.device,
+                    stepper_of(), loader, config=config, steps=arguments.steps, setting=setting
                 )
             except torch.OutOfMemoryError:
                 measured = {"fits": False}
-            # The gradient buffers and the graph of a variant must go before the next one.
-            stepper = None  # type: ignore[assignment]
-            optimizer.zero_grad(set_to_none=True)
             show_row("step", setting=setting, **_describe(config), **measured)
     return 0
 
@@ -116,8 +113,9 @@ def _describe(config: Config) -> dict[str, Any]:
 
 
 def _measure(
-    stepper: Stepper, loader: Loader, *, config: Config, steps: int, device: torch.device
+    stepper: Stepper, loader: Loader, *, config: Config, steps: int, setting: Setting
 ) -> dict[str, Any]:
+    device = setting.device
     seconds, losses = [], []
     for step in range(steps + 1):
         batch = loader.batch(step)

@@ -9,12 +9,16 @@ from pathlib import Path
 from milepost.core.environment import num_available_cores
 from milepost.core.errors import UsageError
 
+_SIGNS_OF_A_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
+"""What a machine with an NVIDIA driver has: Linux, a container on it, Windows' Linux."""
+
 
 def count_gpus() -> int:
     """CUDA devices that torch can use; torch is imported only where a driver is there."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0
-    if not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None:
+    has_driver = any(Path(sign).exists() for sign in _SIGNS_OF_A_DRIVER)
+    if not has_driver and shutil.which("nvidia-smi") is None:
         return 0
     import torch
 

@@ -68,6 +68,8 @@ def _shared_environment(rendezvous: Path, *, pipe: int, on_gpus: bool) -> dict[s
     environment[RENDEZVOUS_VARIABLE] = str(rendezvous)
     environment[PARENT_PIPE_VARIABLE] = str(pipe)
     if not on_gpus:
+        # Ranks were counted for the CPU: none may find a GPU that the count did not.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         environment["OMP_NUM_THREADS"] = "1"
         environment["MKL_NUM_THREADS"] = "1"
         environment.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())

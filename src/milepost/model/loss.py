@@ -8,6 +8,8 @@ is fixed, so the same input gives the same bits. Nothing waits for the device.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -148,7 +150,8 @@ class _Work:
         """Fills `nats` and turns logits into scale x (softmax - one-hot); padding stays 0."""
         wide, sums = self.exponentials(logits, targets, nats)
         index = targets.clamp(min=0)[:, None]
-        wide.scatter_(1, index, wide.gather(1, index) - sums)
+        with _plain_scatter():
+            wide.scatter_(1, index, wide.gather(1, index) - sums)
         wide.mul_((targets >= 0)[:, None] * scale / sums)
         if not self.is_wide:
             logits[:, : self.vocab_size].copy_(wide)
@@ -163,6 +166,22 @@ class _Work:
             self._product = torch.empty_like(self.weight)
         torch.mm(grad_logits_CV.t(), hidden_CD, out=self._product)
         grad_weight_VD.add_(self._product[: self.vocab_size])
+
+
+@contextlib.contextmanager
+def _plain_scatter() -> Iterator[None]:
+    """Lets CUDA scatter directly: one index a row writes no place twice, so the order is free.
+
+    torch's own deterministic scatter gives the same, but waits for the device to check the
+    indices, several times a chunk.
+    """
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_enabled, warn_only=warn_only)
 
 
 def _slices(total: int, size: int) -> list[slice]:

@@ -21,7 +21,9 @@ def resolve_precision(requested: str, *, device: torch.device) -> str:
     if requested != "auto":
         return requested
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        # Older GPUs emulate bfloat16, slower than float32.
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if is_native else "float16"
     return "bfloat16" if _matmul_ratio(device) > WORTHWHILE_RATIO else "float32"
 
 
@@ -65,6 +67,10 @@ def make_deterministic(*, device: torch.device) -> None:
     # Filling fresh memory finds bugs of torch's own; it costs time and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
+        from torch._inductor import config as inductor_config
+
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
+        # The compiler may not choose by measuring where the choice shows in the bits (D8b).
+        inductor_config.deterministic = True
