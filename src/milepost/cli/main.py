@@ -64,7 +64,8 @@ def run(words: Sequence[str]) -> int:
     try:
         build_app(words)(words, exit_on_error=False, print_error=False, result_action="return_none")
     except CycloptsError as error:
-        verb = " ".join(["milepost", *words[:1]]) if words else "milepost"
+        known = words and words[0] in {*VERBS, "data"}
+        verb = f"milepost {words[0]}" if known else "milepost"
         say_error(UsageError(str(error), hint=f"see {verb} --help"))
         return UsageError.exit_code
     except MilepostError as error:

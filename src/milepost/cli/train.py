@@ -49,11 +49,13 @@ def train(
         Print one JSON document at the end.
     """
     from milepost.config.recipe import load_recipe
+    from milepost.data.run_data import open_run_data
     from milepost.distributed.place import read_place
 
     config = load_recipe(recipe, overrides=overrides)
     place = read_place(os.environ)
     if place is None:
+        open_run_data(config)  # so that what is wrong with it is said once, not by every rank
         _launch(lanes=config.train.lanes, ranks=ranks)
         return
     # Read by cuBLAS when it starts; without it deterministic products are refused.

@@ -7,6 +7,7 @@ and an allocator that keeps freed memory, since giving it back costs up to half 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -18,11 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milepost.core.console import say
-from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE
+from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE, StopRequested
 from milepost.distributed.place import PARENT_PIPE_VARIABLE, RENDEZVOUS_VARIABLE
 
 GRACE_SECONDS = 10.0
-"""How long the other ranks may go on after one has failed."""
+"""How long the other ranks may go on after one has died, to say what they saw."""
+
+GRACE_AFTER_REASON_SECONDS = 1.0
+"""The same after a rank that has said why: the others only wait for it."""
 
 KEEP_FREED_MEMORY = ":".join(
     (
@@ -107,14 +111,16 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> int:
 def _wait_for_all(children: list[subprocess.Popen[bytes]]) -> dict[int, int]:
     """Exit codes by rank, in the order in which the ranks ended."""
     codes: dict[int, int] = {}
-    failed_at: float | None = None
+    deadline = math.inf
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes and child.poll() is not None:
                 codes[rank] = child.returncode
-                if child.returncode != 0 and failed_at is None:
-                    failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+                if child.returncode not in (0, StopRequested.exit_code):
+                    has_said_why = child.returncode > 1
+                    grace = GRACE_AFTER_REASON_SECONDS if has_said_why else GRACE_SECONDS
+                    deadline = min(deadline, time.monotonic() + grace)
+        if time.monotonic() > deadline:
             _signal_all(children, signal.SIGKILL)
         time.sleep(0.02)
     return codes

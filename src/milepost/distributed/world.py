@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from milepost.core.errors import MilepostError
 from milepost.distributed.place import Place
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
@@ -59,10 +60,22 @@ def join_world(place: Place, *, device_type: str) -> Iterator[World]:
         yield World(
             rank=place.rank, size=place.size, device=device, pair_groups=_pair_groups(place)
         )
+    except RuntimeError as error:
+        if not _is_loss_of_a_peer(error):
+            raise
+        raise MilepostError(
+            f"rank {place.rank} lost the other ranks", hint="what went wrong is said by another"
+        ) from error
     finally:
         # A rank that fails must not wait for the others here.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _is_loss_of_a_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+    return any(word in str(error).lower() for word in words)
 
 
 def _pair_groups(place: Place) -> tuple[dist.ProcessGroup, ...]:

@@ -16,7 +16,7 @@ from milepost.checkpoint.store import load_train_state, save_checkpoint
 from milepost.config.recipe import as_plain, config_from_plain
 from milepost.config.schema import Config
 from milepost.core.console import say
-from milepost.core.errors import CheckpointError, DataError, StorageError
+from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.units import format_bytes
 from milepost.data.loader import Loader, sequential_rows
 from milepost.data.shards import PreparedData
@@ -77,21 +77,6 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
         restore_from=None if folder is None else Path(folder),
         is_finished=plain["is_finished"],
     )
-
-
-def check_vocabulary(config: Config, *, data: PreparedData) -> None:
-    """Refuses data whose token ids the model does not have.
-
-    Raises:
-        DataError: says both sizes.
-    """
-    if data.vocab_size != config.model.vocab_size:
-        raise DataError(
-            f"{data.folder} has a vocabulary of {data.vocab_size}, "
-            f"the recipe's model.vocab_size is {config.model.vocab_size}",
-            hint=f"prepare the data with another tokenizer, or set --model.vocab_size "
-            f"{data.vocab_size}",
-        )
 
 
 def build(

@@ -11,17 +11,18 @@ import torch
 
 from milepost.config.schema import Config
 from milepost.core.console import say
-from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
+from milepost.core.errors import DivergedError, MilepostError, StorageError
 from milepost.core.files import exclusive_lock, storage_errors
 from milepost.core.units import format_count
-from milepost.data.shards import PreparedData, open_prepared
+from milepost.data.run_data import open_run_data
+from milepost.data.shards import PreparedData
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
 from milepost.distributed.world import World, die_with_parent, join_world
 from milepost.planner.cost import count_parameters
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
-from milepost.train.build import Agreement, agree, build, check_vocabulary, start_segment
+from milepost.train.build import Agreement, agree, build, start_segment
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
 from milepost.train.precision import make_deterministic, resolve_compile, resolve_precision
@@ -51,15 +52,9 @@ def train_as_rank(
     stop = StopSignal()
     die_with_parent(place)
     check_ranks(place.size, lanes=config.train.lanes)
-    if not config.data.path:
-        raise UsageError(
-            "data.path is not set",
-            hint="add --data.path DIR, a folder that milepost data prepare wrote",
-        )
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
-        data = open_prepared(Path(config.data.path))
-        check_vocabulary(config, data=data)
+        data = open_run_data(config)
         if place.rank == 0:
             _verify(data)
             with storage_errors(run):
