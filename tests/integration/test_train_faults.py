@@ -61,6 +61,14 @@ def test_stopping_early_does_not_bend_the_schedule(
     assert weights_sha256(half, 30) == weights_sha256(finished, 30)
 
 
+def test_a_segment_records_its_own_training_time(
+    recipe: Path, tiny_data: Path, half: Path
+) -> None:
+    train_here(recipe, half, tiny_data)
+    recorded = sum(event["training_seconds"] for event in events(half, "segment_ended"))
+    assert recorded == pytest.approx(sum(e["step_seconds"] for e in events(half, "step")))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "extra"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(

@@ -182,8 +182,8 @@ def _sample(run: Path, *, seed: int) -> list[SampleRecord]:
             step=step,
             path=layout.samples,
             max_new_tokens=SAMPLE_TOKENS,
-            temperature=0.8,
-            top_k=50,
+            temperature=0.6,
+            top_k=40,
             seed=seed,
         )
     return records

@@ -131,10 +131,11 @@ def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None
 
 
 def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -> Summary | None:
+    seconds_before = parts.progress.training_seconds
     try:
         was_stopped = run_loop(parts)
     except MilepostError as error:
-        _record_failure(parts, error)
+        _record_failure(parts, error, seconds_before=seconds_before)
         raise
     if parts.events is None:
         return {"status": "stopped"} if was_stopped else None
@@ -143,7 +144,7 @@ def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -
     reason = "stop requested" if was_stopped else "done"
     if not was_stopped and step < config.train.total_steps:
         reason = "stop_at_step"
-    _end_segment(parts, reason)
+    _end_segment(parts, reason, seconds_before=seconds_before)
     if was_stopped:
         say(f"stopped on request at step {step}, saved; the same command goes on")
     else:
@@ -157,7 +158,7 @@ def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -
     }
 
 
-def _record_failure(parts: LoopParts, error: MilepostError) -> None:
+def _record_failure(parts: LoopParts, error: MilepostError, *, seconds_before: float) -> None:
     """Leaves word of why the segment ended, where the disk still takes it."""
     if isinstance(error, DivergedError):
         reason = "diverged"
@@ -166,15 +167,15 @@ def _record_failure(parts: LoopParts, error: MilepostError) -> None:
     else:
         reason = "failed"
     with contextlib.suppress(StorageError):
-        _end_segment(parts, reason)
+        _end_segment(parts, reason, seconds_before=seconds_before)
 
 
-def _end_segment(parts: LoopParts, reason: str) -> None:
+def _end_segment(parts: LoopParts, reason: str, *, seconds_before: float) -> None:
     events: EventWriter | None = parts.events
     if events is not None:
         events.append(
             "segment_ended",
             reason=reason,
             step=parts.progress.step,
-            training_seconds=parts.progress.training_seconds,
+            training_seconds=parts.progress.training_seconds - seconds_before,
         )

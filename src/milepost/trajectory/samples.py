@@ -92,8 +92,10 @@ def evenly_spread(steps: list[int]) -> list[int]:
 
 
 def _completion(step: int, written: str, *, limit: int) -> Completion:
-    # The first space joins the completion to its prompt; runs of blank lines tell nothing.
+    # The first space or line end joins the completion to its prompt; runs of blank lines tell
+    # nothing.
     calm = re.sub(r"\n{3,}", "\n\n", written.replace("\r\n", "\n").removeprefix(" "))
+    calm = calm.lstrip("\n")
     return Completion(step, calm[:limit], max(0, len(calm) - limit))
 
 
