@@ -61,9 +61,7 @@ def test_stopping_early_does_not_bend_the_schedule(
     assert weights_sha256(half, 30) == weights_sha256(finished, 30)
 
 
-def test_a_segment_records_its_own_training_time(
-    recipe: Path, tiny_data: Path, half: Path
-) -> None:
+def test_a_segment_records_its_own_training_time(recipe: Path, tiny_data: Path, half: Path) -> None:
     train_here(recipe, half, tiny_data)
     recorded = sum(event["training_seconds"] for event in events(half, "segment_ended"))
     assert recorded == pytest.approx(sum(e["step_seconds"] for e in events(half, "step")))

@@ -65,17 +65,18 @@ class DemoResult:
         }
 
 
-def run_demo(run: Path) -> DemoResult:
+def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
     """The whole road; a demo that was interrupted goes on where it was.
 
     Args:
         run: the run folder; the prepared data goes beside it, to RUN-data.
+        recipe: packaged name or .toml file; its vocabulary size is the one that is trained.
 
     Raises:
         MilepostError: a part failed, or the resumed run was not exact.
     """
     started = time.monotonic()
-    config = load_recipe(RECIPE)
+    config = load_recipe(recipe)
     data = run.with_name(f"{run.name}-data")
     say("1/5  prepare the State of the Union addresses")
     addresses = find_addresses()
@@ -85,7 +86,7 @@ def run_demo(run: Path) -> DemoResult:
         tokenizer=f"train:{config.model.vocab_size}",
         val_sources=addresses.held_out,
     )
-    _train(run, data=data, config=config)
+    _train(run, data=data, config=config, recipe=recipe)
     history = read_history(RunLayout(run).events)
     num_compared, num_equal = _say_exactness(history)
     say("4/5  let five checkpoints write")
@@ -123,8 +124,8 @@ def kill_step(config: Config) -> int:
     return config.last_step // 2 // every * every + STEPS_AFTER_CHECKPOINT
 
 
-def _train(run: Path, *, data: Path, config: Config) -> None:
-    words = ["train", RECIPE, "--run", str(run), "--data.path", str(data)]
+def _train(run: Path, *, data: Path, config: Config, recipe: str) -> None:
+    words = ["train", recipe, "--run", str(run), "--data.path", str(data)]
     layout = RunLayout(run)
     last, kill_at = config.last_step, kill_step(config)
     cores = num_available_cores()
@@ -173,7 +174,7 @@ def _sample(run: Path, *, seed: int) -> list[SampleRecord]:
     layout = RunLayout(run)
     steps = [step for step, _ in checkpoint_folders(layout)]
     records: list[SampleRecord] = []
-    for step in _spread(steps, count=NUM_SAMPLES):
+    for step in spread(steps, count=NUM_SAMPLES):
         loaded = load_model(run, step=step)
         records += record_samples(
             loaded.model,
@@ -189,7 +190,7 @@ def _sample(run: Path, *, seed: int) -> list[SampleRecord]:
     return records
 
 
-def _spread(steps: list[int], *, count: int) -> list[int]:
+def spread(steps: list[int], *, count: int) -> list[int]:
     """At most `count` steps, the first and the last among them, denser at the start.
 
     A model learns most in its first steps, so places double: 1, 2, 4, 8 ... of the whole.

@@ -27,6 +27,9 @@ class Batches(Protocol):
     def batch(self, data_step: int) -> np.ndarray:
         """The global batch, uint32 [rows, T + 1]."""
 
+    def close(self) -> None:
+        """Lets go of files and threads."""
+
 
 @dataclass
 class LoopParts:
@@ -35,7 +38,7 @@ class LoopParts:
     Attributes:
         progress: where the run stands; the loop replaces it after every update.
         periodic: in the order in which they run; saving comes last.
-        save: writes a checkpoint of the present progress, for a stop between two.
+        save: writes a checkpoint, for a stop between two.
         events: None on every rank but the main one.
     """
 
@@ -45,7 +48,7 @@ class LoopParts:
     learning_rate: Callable[[int], float]
     stepper: Stepper
     periodic: Sequence[Periodic]
-    save: Callable[[int], None]
+    save: Callable[[Progress], None]
     throughput: Throughput
     replay: ReplayCheck
     world: World
@@ -89,7 +92,7 @@ def run_loop(parts: LoopParts) -> bool:
             _record(parts, result, batch, data_step, learning_rate, step_seconds)
         _run_periodic(parts)
         if result.is_stop_requested and parts.progress.step < parts.last_step:
-            parts.save(parts.progress.step)
+            parts.save(parts.progress)
             return True
     return False
 
@@ -97,7 +100,7 @@ def run_loop(parts: LoopParts) -> bool:
 def _run_periodic(parts: LoopParts) -> None:
     for periodic in parts.periodic:
         if periodic.is_due(parts.progress.step, last_step=parts.last_step):
-            periodic.action(parts.progress.step)
+            periodic.action(parts.progress)
 
 
 def _record(

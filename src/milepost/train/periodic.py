@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from milepost.checkpoint.state import Progress
+
 
 @dataclass(frozen=True)
 class Periodic:
@@ -12,12 +14,12 @@ class Periodic:
 
     Attributes:
         every_steps: None means only at the end.
-        action: called with the step.
+        action: called with where the run stands.
         at_start: whether it also runs before the first update of a new run.
     """
 
     every_steps: int | None
-    action: Callable[[int], None]
+    action: Callable[[Progress], None]
     at_start: bool = False
 
     def is_due(self, step: int, *, last_step: int) -> bool:

@@ -87,6 +87,7 @@ def train_as_rank(
             world=world,
             stop_requested=stop.is_requested,
         )
+        stack.callback(parts.batches.close)
         if opened is not None:
             _introduce(agreement, data)
             start_segment(parts, opened=opened, config=agreement.config, world=world, layout=layout)
