@@ -131,7 +131,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(
         again = start(source, out, *options)
         _, talk = again.communicate(timeout=120)
         assert again.returncode == 0, talk
-        open_prepared(out).train.verify()
+        list(open_prepared(out).train.verify())
 
 
 def test_a_gzip_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -151,6 +153,86 @@ def test_an_override_is_taken_recorded_and_remembered(
     train_here(recipe, half, tiny_data, *option, "--train.stop_at_step", "18")
     with pytest.raises(UsageError, match=r"the run has 0\.0001, asked for 0\.003"):
         train_here(recipe, half, tiny_data)
+
+
+def test_an_override_makes_the_segment_approximate_and_compares_nothing(
+    recipe: Path, tiny_data: Path, half: Path
+) -> None:
+    shutil.rmtree(half / "checkpoints" / "step-00000015")  # steps 11 to 15 will be run again
+    option = ("--optimizer.learning_rate", "1e-4", "--train.stop_at_step", "17")
+    train_here(recipe, half, tiny_data, *option, override=True)
+    started = events(half, "segment_started")[-1]
+    assert started["exactness"] == "approximate"
+    assert started["reason"] == "overridden: optimizer.learning_rate"
+    assert events(half, "replayed") == []
+
+
+def test_an_override_that_fails_to_start_leaves_the_run_as_it_was(
+    recipe: Path, tiny_data: Path, half: Path, finished: Path
+) -> None:
+    with pytest.raises(DataError, match="fewer than the"):
+        train_here(recipe, half, tiny_data, "--train.global_batch_tokens", "8388608", override=True)
+    assert events(half, "override") == []
+    train_here(recipe, half, tiny_data)
+    assert logged_steps(half) == logged_steps(finished)
+
+
+def test_the_report_and_inspect_know_of_an_override(
+    recipe: Path, tiny_data: Path, half: Path
+) -> None:
+    from milepost.cli.data import inspect
+    from milepost.trajectory.collect import collect
+
+    options = ("--run.seed", "7", "--train.stop_at_step", "17")
+    train_here(recipe, half, tiny_data, *options, override=True)
+    assert collect(half).manifest.config.run.seed == 7
+    for step in (15, 17):
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            inspect(half, step=step)
+        assert "(equal to the logged one)" in shown.getvalue()
+
+
+def test_another_machine_since_the_checkpoint_makes_the_segment_approximate(
+    recipe: Path, tiny_data: Path, half: Path
+) -> None:
+    log = half / "events.jsonl"
+    log.write_text(log.read_text().replace('"torch":"', '"torch":"1.'))
+    for stop in ("16", "17"):  # the second comes after a segment on this machine
+        train_here(recipe, half, tiny_data, "--train.stop_at_step", stop)
+    first, second = events(half, "segment_started")[1:]
+    assert first["exactness"] == "approximate"
+    assert first["reason"].startswith("torch was 1.")
+    assert second["exactness"] == "exact", "its checkpoint was made on this machine"
+
+
+def test_a_validation_that_was_given_up_is_made_up_for(
+    recipe: Path, tiny_data: Path, half: Path, finished: Path
+) -> None:
+    train_here(recipe, half, tiny_data, "--train.stop_at_step", "20")
+    log = half / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"kind":"validation"' not in line))
+    train_here(recipe, half, tiny_data)
+    made_up, last = events(half, "validation")
+    expected = {e["step"]: e["loss_nats"] for e in events(finished, "validation")}
+    assert (made_up["step"], made_up["loss_nats"]) == (20, expected[20])
+    assert (last["step"], last["loss_nats"]) == (30, expected[30])
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_trained(
+    recipe: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    prompts = '["' + "word " * 100 + '"]'
+    options = ("--samples.prompts", prompts, "--samples.every_steps", "10")
+    with pytest.raises(UsageError, match=r"tokens, the context .* has 64"):
+        train_here(recipe, tmp_path / "run", tiny_data, *options)
+    assert events(tmp_path / "run", "step") == []
+
+
+def test_a_run_that_is_a_file_is_refused(recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UsageError, match="is not a folder"):
+        train_here(recipe, tmp_path / "run", tiny_data)
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,10 @@ def test_a_damaged_shard_is_named(
     tmp_path: Path, ending: str, damage: Callable[[Path], None], message: str
 ) -> None:
     data = make(tmp_path)
-    data.train.verify()
+    list(data.train.verify())
     damage(tmp_path / "out" / f"train-00000.{ending}")
     with pytest.raises(DataError, match=rf"train-00000\.{ending} .*{message}") as caught:
-        data.train.verify()
+        list(data.train.verify())
     assert "prepare the data again" in str(caught.value.hint)
 
 
@@ -201,7 +201,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
 def test_a_new_modification_time_alone_is_accepted(tmp_path: Path) -> None:
     data = make(tmp_path)
     (tmp_path / "out" / "train-00000.tokens").touch()
-    data.train.verify()
+    list(data.train.verify())
 
 
 @pytest.mark.parametrize(

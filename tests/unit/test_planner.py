@@ -181,7 +181,8 @@ def test_a_given_speed_stands_above_the_table_and_nothing_known_gives_nothing() 
     given = estimate_duration(config, gpu=find_gpu("h100"), tokens_per_second=4096)
     assert given is not None
     assert given.assumed_mfu_fraction is None
-    assert given.training_seconds == 400 * 16_384 / 4096
+    tokens = config.train.total_steps * config.train.global_batch_tokens
+    assert given.training_seconds == tokens / 4096
     assert estimate_duration(config, gpu=None) is None
 
 

@@ -101,7 +101,7 @@ def test_quarantined_checkpoint_and_other_events_are_told(tmp_path: Path) -> Non
     made.start()
     made.save(100)
     made.append("checkpoint_quarantined", step=100)
-    made.append("override", field="optimizer.learning_rate")
+    made.append("override", field="optimizer.learning_rate", old=0.003, new=0.001)
     trajectory = collect(made.layout.root)
     assert [c.state for c in trajectory.checkpoints] == ["quarantined"]
     assert "Also on record: checkpoint_quarantined (1) and override (1)." in summary_of(

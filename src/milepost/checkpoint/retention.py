@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from milepost.checkpoint.store import STATE_FOLDER, verify_checkpoint
+from milepost.checkpoint.store import STATE_FOLDER, LaterVersionError, verify_checkpoint
 from milepost.core.errors import CheckpointError
-from milepost.core.files import delete_folder, move_aside
+from milepost.core.files import delete_folder, move_aside, storage_errors
 from milepost.runs.layout import RunLayout, checkpoint_folders
 
 
@@ -32,19 +32,30 @@ def drop_old_train_states(
     keep: int,
     every_steps: int | None,
     record: Callable[[int], None],
-) -> None:
+) -> list[int]:
     """Drops train states by the rule of `steps_to_drop`; weights always stay.
 
     Each is recorded, renamed away, then deleted, so that a missing one is never taken for damage.
+
+    Args:
+        layout: the run folder.
+        keep: the newest that stay.
+        every_steps: multiples of it stay too.
+        record: called with each step before its train state goes; on the disk when it returns.
+
+    Returns:
+        The steps whose train state was dropped.
 
     Raises:
         StorageError: the folder cannot be changed.
     """
     with_state = [s for s, f in checkpoint_folders(layout) if (f / STATE_FOLDER).is_dir()]
-    for step in steps_to_drop(with_state, keep=keep, every_steps=every_steps):
+    dropped = steps_to_drop(with_state, keep=keep, every_steps=every_steps)
+    for step in dropped:
         doomed = layout.checkpoints / f".deleted-{STATE_FOLDER}-{step:08d}"
         record(step)
         delete_folder(layout.checkpoint(step) / STATE_FOLDER, doomed=doomed)
+    return dropped
 
 
 def newest_restorable(
@@ -65,18 +76,26 @@ def newest_restorable(
         quarantined: called with step, new place and reason for each damaged checkpoint.
 
     Raises:
-        StorageError: a damaged checkpoint cannot be moved.
+        LaterVersionError: a later version of Milepost wrote one; it stays where it is.
+        StorageError: a checkpoint cannot be read, or a damaged one cannot be moved.
     """
     for step, folder in reversed(checkpoint_folders(layout)):
         try:
-            if not (folder / STATE_FOLDER).exists():
+            if not _has_train_state(folder):
                 if step in dropped:
                     continue
                 raise CheckpointError(f"{folder / STATE_FOLDER} is missing")
             sha256 = verify_checkpoint(folder, run_id=run_id, step=step)
+        except LaterVersionError:
+            raise
         except CheckpointError as error:
             place = move_aside(folder, folder=layout.quarantine)
             quarantined(step, place, error.message)
             continue
         return Restorable(step, folder, sha256)
     return None
+
+
+def _has_train_state(folder: Path) -> bool:
+    with storage_errors(folder, verb="read"):
+        return any(entry.name == STATE_FOLDER for entry in folder.iterdir())

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,18 @@ from safetensors.torch import save_file
 from milepost.checkpoint.state import TrainState, progress_from_plain
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import (
+    as_storage_error,
     delete_folder,
     folder_bytes,
     free_bytes,
-    is_disk_failure,
     json_document,
+    plain_file,
     publish_folder,
     read_json,
+    remove_unfinished,
     sha256_of_file,
     storage_errors,
+    system_error,
     write_json,
 )
 from milepost.runs.layout import RunLayout
@@ -41,10 +45,15 @@ MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "train_state"
 MANIFEST = "manifest.json"
 SPARE_BYTES = 8 << 20
-"""Room left for the event log when a save is judged to fit."""
+"""Room for the small files and the event log when a save is judged to fit."""
 
+_VERSION_HINT = "use the version of Milepost that wrote it, or a later one"
 _TEMPORARY = re.compile(r"^\.(saving|deleted)-")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LaterVersionError(CheckpointError):
+    """A later version of Milepost wrote the checkpoint: not damage, and not ours to move."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ def save_checkpoint(
     step = state.progress.step
     final = layout.checkpoint(step)
     temporary = layout.checkpoints / f".saving-{final.name}-{os.getpid()}"
-    _refuse_if_full(layout, state, weights_dtype=weights_dtype)
+    num_parameters = sum(tensor.numel() for tensor in state.weights.values())
+    refuse_if_full(layout, state_bytes=needed_bytes(num_parameters, weights_dtype=weights_dtype))
     try:
         with storage_errors(final):
             (temporary / STATE_FOLDER).mkdir(parents=True)
@@ -97,11 +107,8 @@ def save_checkpoint(
                 delete_folder(final, doomed=final.with_name(f".deleted-{final.name}"))
             publish_folder(temporary, final=final)
     except SafetensorError as error:
-        if is_disk_failure(error):
-            raise StorageError(
-                f"cannot write {final}: no space left on device",
-                hint="free some space and run the same command again; nothing saved is lost",
-            ) from error
+        if failure := system_error(error):
+            raise as_storage_error(failure, what=str(final)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,17 +122,27 @@ def _write_model(
         (folder / name).write_bytes(content)
     dtype = _DTYPES[weights_dtype]
     weights = {name: t.to("cpu", dtype).contiguous() for name, t in state.weights.items()}
-    save_file(weights, folder / MODEL_FILE, metadata={"format": "pt"})
+    _write_tensors(folder / MODEL_FILE, weights, metadata={"format": "pt"})
 
 
 def _write_train_state(folder: Path, state: TrainState, *, weights_dtype: str) -> None:
     moments = {name: t.cpu().contiguous() for name, t in state.moments.items()}
-    save_file(moments, folder / "optimizer.safetensors")
+    _write_tensors(folder / "optimizer.safetensors", moments)
     if weights_dtype != "float32":
         masters = {name: t.cpu().contiguous() for name, t in state.weights.items()}
-        save_file(masters, folder / "masters.safetensors")
+        _write_tensors(folder / "masters.safetensors", masters)
     numbers = {"progress": state.progress.as_plain(), "optimizer_step": state.optimizer_step}
     (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with the permissions of any new file; on its own it is 0600."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def _write_manifest(folder: Path, head: dict[str, Any]) -> str:
@@ -139,19 +156,31 @@ def _write_manifest(folder: Path, head: dict[str, Any]) -> str:
     return sha256_of_file(folder / MANIFEST)
 
 
-def checkpoint_bytes(state: TrainState, *, weights_dtype: str) -> int:
-    """Bytes that saving this state takes, but for small files."""
-    weights = sum(t.numel() for t in state.weights.values())
-    moments = sum(t.numel() * t.element_size() for t in state.moments.values())
-    return weights * (4 if weights_dtype == "float32" else 2 + 4) + moments
+def needed_bytes(num_parameters: int, *, weights_dtype: str) -> int:
+    """Bytes that must be free for one checkpoint: weights, both moments, and some to spare.
+
+    Args:
+        num_parameters: of the model.
+        weights_dtype: of the model file; with "bfloat16" the float32 masters come on top.
+    """
+    weights_bytes = 4 if weights_dtype == "float32" else 2 + 4
+    return num_parameters * (weights_bytes + 2 * 4) + SPARE_BYTES
 
 
-def _refuse_if_full(layout: RunLayout, state: TrainState, *, weights_dtype: str) -> None:
-    needed = checkpoint_bytes(state, weights_dtype=weights_dtype) + SPARE_BYTES
+def refuse_if_full(layout: RunLayout, *, state_bytes: int) -> None:
+    """Refuses what the disk cannot hold, before time is spent on it.
+
+    Args:
+        layout: the run folder.
+        state_bytes: of one checkpoint, from `needed_bytes`.
+
+    Raises:
+        StorageError: fewer bytes are free; both numbers are said.
+    """
     free = free_bytes(layout.root)
-    if free < needed:
+    if free < state_bytes:
         raise StorageError(
-            f"{layout.root}: a checkpoint needs {needed / 2**20:.0f} MiB, "
+            f"{layout.root}: a checkpoint needs {state_bytes / 2**20:.0f} MiB, "
             f"{free / 2**20:.0f} MiB are free",
             hint="free some space and run the same command again; nothing saved is lost",
         )
@@ -168,16 +197,19 @@ def verify_checkpoint(folder: Path, *, run_id: str | None, step: int | None) -> 
         step: the step it must be of; None for any.
 
     Raises:
+        LaterVersionError: it is of a schema version that this program cannot read.
         CheckpointError: names the first file that is missing, extra or changed.
+        StorageError: a file cannot be read, which says nothing of what it holds.
     """
+    _refuse_later_version(folder)
     head = _verify_folder(folder, run_id=run_id, step=step, subfolders={STATE_FOLDER})
     states = folder / STATE_FOLDER
     if states.exists() or states.is_symlink():
         _verify_folder(states, run_id=run_id, step=step, subfolders=set())
-        found = sha256_of_file(states / MANIFEST)
+        found = _sha256(states / MANIFEST)
         if found != head.get("train_state_manifest_sha256"):
             raise CheckpointError(f"{states} does not belong to {folder / MANIFEST}")
-    return sha256_of_file(folder / MANIFEST)
+    return _sha256(folder / MANIFEST)
 
 
 def verify_model_files(folder: Path) -> None:
@@ -188,6 +220,7 @@ def verify_model_files(folder: Path) -> None:
 
     Raises:
         CheckpointError: names the first file that is missing or changed.
+        StorageError: a file cannot be read.
     """
     for name, facts in _read_manifest(folder, run_id=None, step=None)["files"].items():
         _verify_file(folder, name, facts)
@@ -198,7 +231,8 @@ def _verify_folder(
 ) -> dict[str, Any]:
     head = _read_manifest(folder, run_id=run_id, step=step)
     files = head["files"]
-    present = {entry.name for entry in folder.iterdir()} - {MANIFEST} - subfolders
+    with storage_errors(folder, verb="read"):
+        present = {entry.name for entry in folder.iterdir()} - {MANIFEST} - subfolders
     for name in sorted(present - set(files)):
         raise CheckpointError(f"{folder / name} is not in the manifest")
     for name, facts in files.items():
@@ -209,16 +243,16 @@ def _verify_folder(
 def _read_manifest(folder: Path, *, run_id: str | None, step: int | None) -> dict[str, Any]:
     if folder.is_symlink() or not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    head = read_json(folder / MANIFEST, error=CheckpointError)
+    manifest = plain_file(folder / MANIFEST, error=CheckpointError)
+    head = read_json(manifest, error=CheckpointError)
     if not isinstance(head, dict) or not isinstance(head.get("files"), dict):
         raise CheckpointError(f"{folder / MANIFEST} is not a checkpoint manifest")
-    if (folder / MANIFEST).read_bytes() != json_document(head).encode():
-        raise CheckpointError(f"{folder / MANIFEST} is not as it was written")
     if head.get("v") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{folder / MANIFEST} has schema version {head.get('v')}, "
-            f"this program reads {SCHEMA_VERSION}"
-        )
+        raise CheckpointError(_version_message(folder, head.get("v")), hint=_VERSION_HINT)
+    with storage_errors(manifest, verb="read"):
+        content = manifest.read_bytes()
+    if content != json_document(head).encode():
+        raise CheckpointError(f"{manifest} is not as it was written")
     for name, expected in (("run_id", run_id), ("step", step)):
         if expected is not None and head.get(name) != expected:
             raise CheckpointError(
@@ -227,18 +261,45 @@ def _read_manifest(folder: Path, *, run_id: str | None, step: int | None) -> dic
     return head
 
 
+def _refuse_later_version(folder: Path) -> None:
+    """Raises where both manifests are of a later version; a flipped bit changes only one."""
+    version = _later_version(folder)
+    if version is not None and version == _later_version(folder / STATE_FOLDER):
+        raise LaterVersionError(_version_message(folder, version), hint=_VERSION_HINT)
+
+
+def _later_version(folder: Path) -> int | None:
+    if folder.is_symlink():
+        return None
+    try:
+        manifest = plain_file(folder / MANIFEST, error=CheckpointError)
+        head = read_json(manifest, error=CheckpointError)
+    except CheckpointError:
+        return None
+    version = head.get("v") if isinstance(head, dict) else None
+    is_later = type(version) is int and version > SCHEMA_VERSION
+    return version if is_later else None
+
+
+def _version_message(folder: Path, version: Any) -> str:
+    return f"{folder / MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}"
+
+
 def _verify_file(folder: Path, name: str, facts: Any) -> None:
-    path = folder / name
     if Path(name).name != name or name in (".", ".."):
         raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if not isinstance(facts, dict) or path.stat().st_size != facts.get("bytes"):
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, its manifest says otherwise"
-        )
-    if sha256_of_file(path) != facts.get("sha256"):
+    path = plain_file(folder / name, error=CheckpointError)
+    with storage_errors(path, verb="read"):
+        num_bytes = path.stat().st_size
+    if not isinstance(facts, dict) or num_bytes != facts.get("bytes"):
+        raise CheckpointError(f"{path} has {num_bytes} bytes, its manifest says otherwise")
+    if _sha256(path) != facts.get("sha256"):
         raise CheckpointError(f"{path} has changed: its SHA-256 is not the manifest's")
+
+
+def _sha256(path: Path) -> str:
+    with storage_errors(path, verb="read"):
+        return sha256_of_file(path)
 
 
 def load_train_state(folder: Path) -> TrainState:
@@ -246,6 +307,7 @@ def load_train_state(folder: Path) -> TrainState:
 
     Raises:
         CheckpointError: a file is not what it should be.
+        StorageError: a file cannot be read.
     """
     states = folder / STATE_FOLDER
     numbers = read_json(states / "state.json", error=CheckpointError)
@@ -263,14 +325,18 @@ def load_train_state(folder: Path) -> TrainState:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with (
+            storage_errors(path, verb="read"),
+            safe_open(path, framework="pt", device="cpu") as file,
+        ):
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def remove_litter(layout: RunLayout) -> None:
     """Deletes what killed saves and deletions left; call only while holding the run's lock."""
+    remove_unfinished(layout.manifest)
     if not layout.checkpoints.is_dir():
         return
     for folder in [layout.checkpoints, *layout.checkpoints.glob("step-*")]:

@@ -199,6 +199,7 @@ def _from_run(
     from milepost.runs.events import read_history
     from milepost.runs.layout import RunLayout
     from milepost.runs.manifest import read_run_manifest
+    from milepost.runs.overrides import config_with_overrides
 
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -212,10 +213,12 @@ def _from_run(
             f"{data.train.fingerprint[:12]}, the run's {manifest.data_fingerprint[:12]}",
             hint="name the folder that the run was trained on",
         )
-    config = manifest.config
-    event = read_history(layout.events).latest_by_step("step").get(step)
+    history = read_history(layout.events)
+    event = history.latest_by_step("step").get(step)
     if event is not None and not isinstance(event.get("data_step"), int):
         event = None
+    segment = None if event is None else event["segment"]
+    config = config_with_overrides(manifest.config, history=history, until_segment=segment)
     return event, {
         "seed": config.run.seed,
         "rows_per_step": config.rows_per_step,

@@ -22,6 +22,7 @@ from milepost.core.environment import (
     num_available_cores,
     package_version,
 )
+from milepost.core.errors import UsageError
 from milepost.core.files import free_bytes
 from milepost.core.units import GIBIBYTE, format_bytes
 
@@ -170,7 +171,11 @@ def _choices() -> Iterator[Check]:
     from milepost.distributed.devices import choose_ranks, count_gpus
     from milepost.train.precision import resolve_precision
 
-    num_gpus = count_gpus()
+    try:
+        num_gpus = count_gpus()
+    except UsageError as error:
+        yield Check("trains on", error.message, error.hint)
+        return
     device = torch.device("cuda" if num_gpus else "cpu")
     yield Check("trains on", f"GPUs: {num_gpus}" if num_gpus else "the CPU")
     yield Check("precision auto", resolve_precision("auto", device=device))

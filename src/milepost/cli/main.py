@@ -60,13 +60,19 @@ def run(words: Sequence[str]) -> int:
         words: the words after the program's name; `--debug` anywhere shows tracebacks.
     """
     debug = "--debug" in words
+    given = list(words)
     words = [word for word in words if word != "--debug"]
     try:
-        build_app(words)(words, exit_on_error=False, print_error=False, result_action="return_none")
+        verb, arguments, unparsed = build_app(words).parse_args(
+            words, exit_on_error=False, print_error=False
+        )
+        # A verb that starts itself anew, once for each rank, asks for its own command line.
+        command_line = {"words": given} if "words" in unparsed else {}
+        verb(*arguments.args, **arguments.kwargs, **command_line)
     except CycloptsError as error:
         known = words and words[0] in {*VERBS, "data"}
-        verb = f"milepost {words[0]}" if known else "milepost"
-        say_error(UsageError(str(error), hint=f"see {verb} --help"))
+        program = f"milepost {words[0]}" if known else "milepost"
+        say_error(UsageError(str(error), hint=f"see {program} --help"))
         return UsageError.exit_code
     except MilepostError as error:
         if debug:
@@ -83,8 +89,9 @@ def run(words: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the `milepost` command."""
     code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started us
+            stream.flush()
     # Interpreter teardown of torch and process groups can crash after the work is done.
     os._exit(code) if "torch" in sys.modules else sys.exit(code)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from milepost.core.errors import MilepostError
+
+OPTIONS = ("run", "ranks", "override", "json", "debug")
+"""What `train` takes beside overrides, for the hint after a slip of the pen."""
 
 
 class ChildFailed(MilepostError):
@@ -27,6 +30,7 @@ def train(
     ranks: int | None = None,
     override: bool = False,
     json: bool = False,
+    words: Annotated[Sequence[str], Parameter(parse=False)],
 ) -> None:
     """Start a run, or continue it exactly if the folder holds one.
 
@@ -47,17 +51,18 @@ def train(
         Take changes of a run's recipe that alter its numbers, and record them.
     json
         Print one JSON document at the end.
+    words
+        The command line, for the ranks that this process starts.
     """
-    from milepost.config.recipe import load_recipe
-    from milepost.data.run_data import open_run_data
     from milepost.distributed.place import read_place
 
-    config = load_recipe(recipe, overrides=overrides)
     place = read_place(os.environ)
     if place is None:
-        open_run_data(config)  # so that what is wrong with it is said once, not by every rank
-        _launch(lanes=config.train.lanes, ranks=ranks)
+        _launch(recipe, overrides=overrides, ranks=ranks, words=words)
         return
+    from milepost.config.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
     # Read by cuBLAS when it starts; without it deterministic products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from milepost.train.rank import train_as_rank
@@ -71,12 +76,21 @@ def train(
         raise ChildFailed(75)
 
 
-def _launch(*, lanes: int, ranks: int | None) -> None:
-    from milepost.distributed.devices import choose_ranks, count_gpus
-    from milepost.distributed.launch import launch
+def _launch(
+    recipe: str, *, overrides: Sequence[str], ranks: int | None, words: Sequence[str]
+) -> None:
+    from milepost.distributed.stop_requests import StopRequests
 
-    num_gpus = count_gpus()
-    chosen = choose_ranks(requested=ranks, lanes=lanes, num_gpus=num_gpus)
-    code = launch(sys.argv[1:], ranks=chosen, on_gpus=num_gpus > 0)
+    with StopRequests() as stops:  # first: the other imports and checks take a while
+        from milepost.config.recipe import load_recipe
+        from milepost.data.run_data import open_run_data
+        from milepost.distributed.devices import choose_ranks, count_gpus
+        from milepost.distributed.launch import launch
+
+        config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
+        open_run_data(config)  # so that what is wrong with it is said once, not by every rank
+        num_gpus = count_gpus()
+        chosen = choose_ranks(requested=ranks, lanes=config.train.lanes, num_gpus=num_gpus)
+        code = launch(words, ranks=chosen, on_gpus=num_gpus > 0, stops=stops)
     if code != 0:
         raise ChildFailed(code)

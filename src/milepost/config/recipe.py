@@ -7,9 +7,9 @@ import importlib.resources
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from milepost.config.problems import validate
+from milepost.config.problems import field_names, validate
 from milepost.config.schema import Config
 from milepost.core.errors import UsageError
 from milepost.core.files import sha256_of_json
@@ -71,26 +71,34 @@ def _read_recipe_file(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text", hint="save the recipe as UTF-8") from error
 
 
-def load_recipe(recipe: str, *, overrides: Iterable[str] = ()) -> Config:
+def load_recipe(
+    recipe: str, *, overrides: Iterable[str] = (), options: Sequence[str] = ()
+) -> Config:
     """A validated config from a recipe and command-line overrides.
 
     Args:
         recipe: a packaged name or the path of a .toml file.
         overrides: words such as '--train.lanes', '4', '--train.no-compile'.
+        options: the verb's own, to suggest one where a word is nearly that.
 
     Raises:
         UsageError: the recipe or an override is wrong; every problem is listed.
     """
-    return config_from_toml(recipe_text(recipe), overrides=overrides, source=f"recipe {recipe}")
+    pairs = parse_overrides(list(overrides), options=options)
+    return _config(recipe_text(recipe), pairs=pairs, source=f"recipe {recipe}")
 
 
 def config_from_toml(text: str, *, overrides: Iterable[str] = (), source: str) -> Config:
     """As `load_recipe`, from TOML text."""
+    return _config(text, pairs=parse_overrides(list(overrides)), source=source)
+
+
+def _config(text: str, *, pairs: list[tuple[str, Any]], source: str) -> Config:
     try:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{source} is not TOML: {error}", hint="see https://toml.io") from error
-    for dotted, value in parse_overrides(list(overrides)):
+    for dotted, value in pairs:
         section, _, field = dotted.partition(".")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
@@ -98,10 +106,11 @@ def config_from_toml(text: str, *, overrides: Iterable[str] = (), source: str) -
     return validate(raw, source=source)
 
 
-def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+def parse_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> list[tuple[str, Any]]:
     """`--train.lanes 4 --train.no-compile` to [('train.lanes', 4), ('train.compile', False)].
 
-    Values are read as TOML where they are TOML, else as text.
+    Values are read as TOML where they are TOML, else as text. A field that is a text takes the
+    word as it stands; `none` unsets a field that can be unset.
 
     Raises:
         UsageError: a word is not of the form --section.key VALUE.
@@ -114,15 +123,13 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
         name, equals, inline = word.removeprefix("--").partition("=")
         section, dot, field = name.replace("-", "_").partition(".")
         if not word.startswith("--") or not dot or not field:
-            raise UsageError(
-                f"unexpected argument {word!r}", hint="overrides look like --section.key VALUE"
-            )
+            raise UsageError(f"unexpected argument {word!r}", hint=_nearest(name, options=options))
         has_value = bool(equals)
         if not has_value and position < len(words) and not _is_option(words[position]):
             inline, has_value = words[position], True
             position += 1
         if has_value:
-            pairs.append((f"{section}.{field}", _parse_value(inline)))
+            pairs.append((f"{section}.{field}", _parse_value(inline, section=section, field=field)))
         elif field.startswith("no_"):
             pairs.append((f"{section}.{field.removeprefix('no_')}", False))
         else:
@@ -130,15 +137,38 @@ def parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     return pairs
 
 
+def _nearest(name: str, *, options: Sequence[str]) -> str:
+    """What was probably meant by an option without a section."""
+    fields = [dotted.split(".")[1] for dotted in field_names()]
+    meant = {f.split(".")[1]: f for f in field_names() if fields.count(f.split(".")[1]) == 1}
+    meant |= {option: option for option in options}
+    close = difflib.get_close_matches(name.replace("-", "_"), meant, n=1)
+    if close:
+        return f"did you mean --{meant[close[0]]}?"
+    return "overrides look like --section.key VALUE"
+
+
 def _is_option(word: str) -> bool:
     return word.startswith("--") and "." in word
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, *, section: str, field: str) -> Any:
+    taken = _field_type(section, field)
+    if text == "none" and type(None) in get_args(taken):
+        return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError, RecursionError, ValueError):
         return text
+    # `--run.name 2024` is a name; `--run.name '"2024"'` is the same in TOML's own quotes.
+    return value if isinstance(value, str) or taken is not str else text
+
+
+def _field_type(section: str, field: str) -> Any:
+    """The annotation of a field in the schema; None where there is no such field."""
+    table = Config.model_fields.get(section)
+    fields = {} if table is None else table.annotation.model_fields  # type: ignore[union-attr]
+    return fields[field].annotation if field in fields else None
 
 
 def as_plain(config: Config) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class OptimizerSection(Section):
     )
     eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, le=10, description="On tensors of 2+ dimensions.")
-    clip_grad_norm: float | None = Field(1.0, gt=0, le=1e6, description="Largest L2 norm.")
+    clip_grad_norm: float | None = Field(
+        1.0, gt=0, le=1e6, description="Largest L2 norm; none: gradients are not clipped."
+    )
 
 
 class ScheduleSection(Section):

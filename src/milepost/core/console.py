@@ -7,25 +7,42 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import IO, Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from milepost.core.errors import MilepostError
-from milepost.core.files import strict
+from milepost.core.errors import MilepostError, StorageError
+from milepost.core.files import as_storage_error, strict
 
 
 def say(text: str = "") -> None:
-    """Talk: one line on stderr. A closed terminal is not an error."""
-    _write(sys.stderr, text)
+    """Talk: one line on stderr. Nobody there to hear it is not an error."""
+    if sys.stderr is None:  # closed before the program began
+        return
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, text)
 
 
 def show(text: str) -> None:
-    """Data for people: one line on stdout."""
-    _write(sys.stdout, text)
+    """Data for people: one line on stdout.
+
+    Raises:
+        StorageError: stdout takes no data, as on a full disk. A reader that left (`| head`) had
+            what it wanted.
+    """
+    _write_data(text)
 
 
 def show_json(value: Any) -> None:
-    """Data for programs: one strict JSON document on stdout."""
-    _write(sys.stdout, json.dumps(strict(value), indent=2, ensure_ascii=False))
+    """Data for programs: one strict JSON document on stdout.
+
+    Raises:
+        StorageError: as `show`.
+    """
+    plain = strict(value)
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    if sys.stdout is not None and _encodable(text, sys.stdout) != text:
+        # JSON has escapes of its own for what the encoding lacks.
+        text = json.dumps(plain, indent=2, ensure_ascii=True)
+    _write_data(text)
 
 
 def say_error(error: MilepostError) -> None:
@@ -40,14 +57,46 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
-def _write(stream: IO[str], text: str) -> None:
+def _write_data(text: str) -> None:
+    if sys.stdout is None:
+        raise StorageError("cannot write standard output: it is closed", hint=_OPEN_STDOUT)
     try:
-        stream.write(text + "\n")
+        _write(sys.stdout, text)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise as_storage_error(error, what="standard output") from error
+    except ValueError as error:
+        raise StorageError(f"cannot write standard output: {error}", hint=_OPEN_STDOUT) from error
+
+
+_OPEN_STDOUT = "leave standard output open, or send it to a file"
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Writes one line; after a failure the stream leads nowhere, so that no later flush fails.
+
+    Raises:
+        OSError: the stream takes no data.
+        ValueError: the stream is closed.
+    """
+    try:
+        stream.write(_encodable(text, stream) + "\n")
         stream.flush()
-    except (BrokenPipeError, ValueError, OSError):
-        # The reader went away (`| head`, a closed terminal): training must not die of it.
+    except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, stream.fileno())
+            finally:
+                os.close(nowhere)
+        raise
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """`text`, with an escape for each character that the stream's encoding lacks."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 class ProgressBar(Protocol):

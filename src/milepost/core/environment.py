@@ -61,19 +61,30 @@ def memory_bytes() -> int | None:
 
 
 def code_version() -> str:
-    """Milepost's version, with the commit where it runs from a checkout."""
-    folder = Path(milepost.__file__).resolve().parent
+    """Milepost's version, with the commit where it runs from its own checkout.
+
+    `-dirty` says that the checkout differs from that commit.
+    """
+    package = Path(milepost.__file__).resolve().parent
+    commit = _commit_of(package.parents[1]) if package.parent.name == "src" else None
+    return f"{milepost.__version__}+{commit}" if commit else milepost.__version__
+
+
+def _commit_of(checkout: Path) -> str | None:
+    """None where the folder is no checkout itself, as when a repository only encloses it."""
+    if not (checkout / ".git").exists() or not (checkout / "pyproject.toml").is_file():
+        return None
+    describe = ["describe", "--always", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
+            ["git", "--no-optional-locks", "-C", str(checkout), *describe],
             capture_output=True,
             text=True,
             timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return milepost.__version__
-    commit = answer.stdout.strip()
-    return f"{milepost.__version__}+{commit}" if answer.returncode == 0 else milepost.__version__
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def describe_environment() -> dict[str, Any]:

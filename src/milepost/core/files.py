@@ -13,48 +13,74 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from milepost.core.errors import MilepostError, RunInUseError, StorageError
 
 HASH_BLOCK_BYTES = 1 << 20
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How a library written in Rust, as safetensors is, gives the system's error number."""
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path, *, verb: str = "write") -> Iterator[None]:
     """Turns what a failing disk raises inside the block into a `StorageError` naming `path`."""
     try:
         yield
     except OSError as error:
-        raise as_storage_error(error, path=path) from error
+        raise as_storage_error(error, what=str(path), verb=verb) from error
 
 
-def as_storage_error(error: OSError, *, path: Path) -> StorageError:
-    """The `StorageError` that says what `error` means for `path`."""
+def as_storage_error(error: OSError, *, what: str, verb: str = "write") -> StorageError:
+    """The `StorageError` that says what `error` means for what was read or written."""
     reason = os.strerror(error.errno).lower() if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space and run the same command again; nothing that was saved is lost"
-    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        hint = "choose a folder that can be written"
-    else:
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        hint = "allow more open files (ulimit -n), then run the same command again"
+    elif error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
         hint = "check the disk, then run the same command again"
-    return StorageError(f"cannot write {path}: {reason}", hint=hint)
+    elif verb == "read":
+        hint = "make it readable for this user, then run the same command again"
+    else:
+        hint = "choose a folder that can be written"
+    return StorageError(f"cannot {verb} {what}: {reason}", hint=hint)
 
 
-def is_disk_failure(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, says that the disk is full, read-only or failing."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _DISK_ERRNOS:
-            return True
-        if "os error 28" in str(seen) or "No space left on device" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def system_error(error: Exception) -> OSError | None:
+    """The system's error that a library's error tells of in its text; None where it does not."""
+    match = _SYSTEM_ERROR.search(str(error))
+    if match is None:
+        return None
+    number = int(match.group(1))
+    return OSError(number, os.strerror(number))
+
+
+def plain_file(path: Path, *, error: type[MilepostError]) -> Path:
+    """`path` itself if it is a regular file: a link leaves its folder, a pipe blocks its reader.
+
+    Raises:
+        error: it is missing, a link, a pipe or the like.
+        StorageError: the disk does not say.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        raise error(f"{path} is missing") from missing
+    except OSError as failure:
+        raise as_storage_error(failure, what=str(path), verb="read") from failure
+    if stat.S_ISREG(mode):
+        return path
+    if stat.S_ISLNK(mode):
+        raise error(
+            f"{path} is a symbolic link", hint="copy the folder with its links resolved (cp -rL)"
+        )
+    raise error(f"{path} is not a regular file")
 
 
 def fsync_file(path: Path) -> None:
@@ -97,6 +123,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Deletes what killed calls of `write_atomically` for `path` left beside it."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp")
+    with storage_errors(path.parent):
+        for entry in path.parent.iterdir():
+            if name.fullmatch(entry.name) and stat.S_ISREG(entry.lstat().st_mode):
+                entry.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes strict, indented JSON atomically; numbers that are not finite become null."""
     write_atomically(path, json_document(value))
@@ -124,19 +159,20 @@ def read_json(path: Path, *, error: type[MilepostError]) -> Any:
     """Reads a JSON file written by us.
 
     Raises:
-        error: the file is missing, unreadable or not JSON; the message names it.
+        error: the file is missing or not JSON; the message names it.
+        StorageError: it is there and cannot be read, which says nothing of what it holds.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as missing:
         raise error(f"{path} is missing") from missing
-    except (OSError, ValueError, RecursionError) as bad:
+    except OSError as failure:
+        raise as_storage_error(failure, what=str(path), verb="read") from failure
+    except (ValueError, RecursionError) as bad:
         raise error(f"{path} cannot be read as JSON: {bad}") from bad
 
 
-def publish_folder(
-    temporary: Path, *, final: Path, before_rename: Callable[[], None] | None = None
-) -> None:
+def publish_folder(temporary: Path, *, final: Path) -> None:
     """Makes a finished temporary folder appear under its final name, or not at all.
 
     Every file and folder in it is forced to the disk first, then renamed, then the parent is
@@ -145,15 +181,12 @@ def publish_folder(
     Args:
         temporary: the folder with everything in it, beside `final`.
         final: its name from now on.
-        before_rename: runs between the flush and the rename.
     """
     with storage_errors(final):
         for folder, _, names in os.walk(temporary):
             for name in names:
                 fsync_file(Path(folder) / name)
             fsync_folder(Path(folder))
-        if before_rename is not None:
-            before_rename()
         temporary.rename(final)
         fsync_folder(final.parent)
 
@@ -198,8 +231,13 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
+def append_json_line(path: Path, record: dict[str, Any], *, is_durable: bool = False) -> None:
     """Appends one JSON line under a lock; a torn last line is ended with a newline first.
+
+    Args:
+        path: the log.
+        record: the line.
+        is_durable: force the line to the disk before returning.
 
     Raises:
         StorageError: the line could not be written whole; nothing of it stays in the file.
@@ -216,9 +254,13 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
             data = (b"\n" if torn else b"") + line.encode(errors="backslashreplace")
             try:
                 _write_all(descriptor, data)
+                if is_durable:
+                    os.fsync(descriptor)
             except OSError:
                 os.ftruncate(descriptor, size)
                 raise
+            if is_durable:
+                fsync_folder(path.parent)
         finally:
             os.close(descriptor)
 
@@ -289,6 +331,7 @@ def folder_bytes(path: Path) -> int:
 def free_bytes(path: Path) -> int:
     """Bytes that can still be written where `path` is or will be."""
     place = path
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    with storage_errors(path, verb="read"):
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free

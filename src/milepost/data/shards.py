@@ -182,8 +182,16 @@ class ShardSet:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
-    def verify(self) -> None:
-        """Checks every file of every shard against its size and hash.
+    @property
+    def num_files(self) -> int:
+        """Files that `verify` checks."""
+        return 3 * len(self.shards)
+
+    def verify(self) -> Iterator[str]:
+        """Checks every file of every shard against its size and hash, one a turn.
+
+        Yields:
+            The name of each file that is as its manifest says.
 
         Raises:
             DataError: a shard is missing or its bytes changed; the message names it.
@@ -191,6 +199,7 @@ class ShardSet:
         for shard in self.shards:
             for file in (shard.tokens, shard.offsets, shard.documents):
                 verify_file(file, folder=self.folder)
+                yield file.name
 
     def document_at(self, position: int) -> Document:
         """The document that the token at `position` belongs to."""

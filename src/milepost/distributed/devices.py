@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from milepost.core.environment import num_available_cores
@@ -14,7 +15,11 @@ _SIGNS_OF_A_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 
 
 def count_gpus() -> int:
-    """CUDA devices that torch can use; torch is imported only where a driver is there."""
+    """CUDA devices that torch can use; torch is imported only where a driver is there.
+
+    Raises:
+        UsageError: there are GPUs, but torch cannot use them.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0
     has_driver = any(Path(sign).exists() for sign in _SIGNS_OF_A_DRIVER)
@@ -22,7 +27,18 @@ def count_gpus() -> int:
         return 0
     import torch
 
-    return torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()  # as the driver counts them
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        is_usable = num_gpus == 0 or torch.cuda.is_available()
+    if not is_usable:
+        reason = "".join(f": {warning.message}" for warning in caught[:1])
+        raise UsageError(
+            f"torch {torch.__version__} cannot use the {num_gpus} GPUs of this machine{reason}",
+            hint="update the NVIDIA driver or install a torch build that fits it (milepost doctor "
+            "shows both); CUDA_VISIBLE_DEVICES='' trains on the CPU",
+        )
+    return num_gpus
 
 
 def choose_ranks(*, requested: int | None, lanes: int, num_gpus: int) -> int:

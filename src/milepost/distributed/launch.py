@@ -20,7 +20,15 @@ from pathlib import Path
 
 from milepost.core.console import say
 from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE, StopRequested
-from milepost.distributed.place import PARENT_PIPE_VARIABLE, RENDEZVOUS_VARIABLE
+from milepost.distributed.place import (
+    PARENT_PIPE_VARIABLE,
+    RENDEZVOUS_VARIABLE,
+    end_with_pipe,
+    read_parent_pipe,
+)
+from milepost.distributed.stop_requests import StopRequests, held_back_stops
+
+POLL_SECONDS = 0.02
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has died, to say what they saw."""
@@ -37,34 +45,51 @@ KEEP_FREED_MEMORY = ":".join(
 )
 
 
-def launch(words: Sequence[str], *, ranks: int, on_gpus: bool) -> int:
+def launch(
+    words: Sequence[str], *, ranks: int, on_gpus: bool, stops: StopRequests | None = None
+) -> int:
     """Runs `milepost WORDS` as `ranks` processes and returns the run's exit code.
 
-    SIGTERM and the first SIGINT ask every rank to save and stop; a second SIGINT kills them.
-    Children die with this process, however it dies.
+    SIGTERM, a closed terminal and the first SIGINT ask every rank to save and stop; a second
+    SIGINT kills them. Children die with this process, however it dies, and this process with
+    the one that started it where that one gave it a pipe.
 
     Args:
         words: the command line after the program's name, the same for every rank.
         ranks: processes to start.
         on_gpus: whether each rank has a GPU, or one CPU thread.
+        stops: taken by the caller already, so that one asked for before this call counts.
     """
-    with tempfile.TemporaryDirectory(prefix="milepost-") as folder:
+    with contextlib.ExitStack() as stack:
+        if stops is None:
+            stops = stack.enter_context(StopRequests())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="milepost-"))
         reader, writer = os.pipe()
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
         shared = _shared_environment(Path(folder) / "rendezvous", pipe=reader, on_gpus=on_gpus)
         command = [sys.executable, "-P", "-m", "milepost.cli.main", *words]
         children: list[subprocess.Popen[bytes]] = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            children.append(subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,)))
-        os.close(reader)
-        try:
-            return _watch(children)
-        finally:
-            os.close(writer)
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-                child.wait()
+        stack.callback(_end_all, children)
+        with held_back_stops():
+            end_with_pipe(read_parent_pipe(os.environ))
+        if stops.is_requested:
+            say("stopped on request before a rank was started; nothing has changed")
+            return StopRequested.exit_code
+        with held_back_stops():
+            for rank in range(ranks):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                children.append(
+                    subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,))
+                )
+        return _watch(children, stops=stops)
+
+
+def _end_all(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
 
 
 def _shared_environment(rendezvous: Path, *, pipe: int, on_gpus: bool) -> dict[str, str]:
@@ -87,31 +112,22 @@ def _loopback_interface() -> str:
     return "lo0" if "lo0" in names else "lo"
 
 
-def _watch(children: list[subprocess.Popen[bytes]]) -> int:
-    interrupts = 0
-
-    def ask_to_stop(signum: int, frame: object) -> None:
-        nonlocal interrupts
-        if signum == signal.SIGINT:
-            interrupts += 1
-        _signal_all(children, signal.SIGTERM if interrupts < 2 else signal.SIGKILL)
-
-    previous = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        codes = _wait_for_all(children)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    if interrupts >= 2:
+def _watch(children: list[subprocess.Popen[bytes]], *, stops: StopRequests) -> int:
+    stops.pass_on_to(children)
+    codes = _wait_for_all(children, stops=stops)
+    if stops.must_leave:
         say("left at once; the newest checkpoint is as it was")
         return LEFT_AT_ONCE_EXIT_CODE
     return _exit_code(codes)
 
 
-def _wait_for_all(children: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Exit codes by rank, in the order in which the ranks ended."""
+def _wait_for_all(
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests
+) -> dict[int, int]:
+    """Exit codes by rank, in the order of the ends; 1 for ranks that are ended here."""
     codes: dict[int, int] = {}
     deadline = math.inf
+    has_said_stopping = False
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes and child.poll() is not None:
@@ -120,16 +136,15 @@ def _wait_for_all(children: list[subprocess.Popen[bytes]]) -> dict[int, int]:
                     has_said_why = child.returncode > 1
                     grace = GRACE_AFTER_REASON_SECONDS if has_said_why else GRACE_SECONDS
                     deadline = min(deadline, time.monotonic() + grace)
+        if stops.is_requested and not has_said_stopping:
+            has_said_stopping = True
+            say("stopping: the step is finished and saved; Ctrl-C again leaves at once")
         if time.monotonic() > deadline:
-            _signal_all(children, signal.SIGKILL)
-        time.sleep(0.02)
+            late = [rank for rank in range(len(children)) if rank not in codes]
+            _end_all(children)
+            codes |= dict.fromkeys(late, 1)
+        time.sleep(POLL_SECONDS)
     return codes
-
-
-def _signal_all(children: list[subprocess.Popen[bytes]], signum: int) -> None:
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signum)
 
 
 def _exit_code(codes: dict[int, int]) -> int:
@@ -138,13 +153,23 @@ def _exit_code(codes: dict[int, int]) -> int:
     Args:
         codes: by rank, in the order in which the ranks ended.
     """
-    known = [code for code in codes.values() if code > 1]
-    if known:
-        return known[0]
-    for rank, code in codes.items():
-        if code < 0:
-            say(f"error: rank {rank} was ended by {signal.Signals(-code).name}")
-            say("hint: run the same command again; it goes on from the newest checkpoint")
-        if code != 0:
-            return 1
-    return 0
+    stopped = StopRequested.exit_code
+    reasons = [code for code in codes.values() if code > 1 and code != stopped]
+    if reasons:
+        return reasons[0]
+    if codes[0] == stopped:
+        return stopped  # the main rank has saved; the others only leave
+    killed = [(rank, code) for rank, code in codes.items() if code < 0]
+    if killed:
+        rank, code = killed[0]
+        say(f"error: rank {rank} was ended by {_signal_name(-code)}")
+        say("hint: run the same command again; it goes on from the newest checkpoint")
+    return 1 if any(codes.values()) else 0
+
+
+def _signal_name(signum: int) -> str:
+    """SIGKILL and its like; real-time signals have numbers only."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"

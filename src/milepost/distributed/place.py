@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -43,8 +45,6 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
     try:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", rank))
-        pipe = environment.get(PARENT_PIPE_VARIABLE)
-        parent_pipe = None if pipe is None else int(pipe)
     except ValueError as error:
         raise UsageError(
             f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}",
@@ -57,5 +57,32 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
         local_rank=local_rank,
         started_by="milepost" if rendezvous else "torchrun",
         rendezvous=rendezvous,
-        parent_pipe=parent_pipe,
+        parent_pipe=read_parent_pipe(environment),
     )
+
+
+def read_parent_pipe(environment: Mapping[str, str]) -> int | None:
+    """The descriptor that ends when the process that started this one does, where there is one.
+
+    Raises:
+        UsageError: the variable is no number.
+    """
+    pipe = environment.get(PARENT_PIPE_VARIABLE)
+    try:
+        return None if pipe is None else int(pipe)
+    except ValueError as error:
+        raise UsageError(
+            f"{PARENT_PIPE_VARIABLE} must be a number: {error}", hint="unset it"
+        ) from error
+
+
+def end_with_pipe(descriptor: int | None) -> None:
+    """Ends this process as soon as nobody holds the pipe's other end; nothing for None."""
+    if descriptor is None:
+        return
+
+    def wait_for_the_end() -> None:
+        os.read(descriptor, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_the_end, name="parent-watch", daemon=True).start()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from milepost.core.errors import MilepostError
-from milepost.distributed.place import Place
+from milepost.core.errors import MilepostError, UsageError
+from milepost.distributed.devices import count_gpus
+from milepost.distributed.place import Place, end_with_pipe
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 
@@ -40,11 +39,17 @@ def join_world(place: Place, *, device_type: str) -> Iterator[World]:
     Args:
         place: from the command line's environment.
         device_type: "cpu" (gloo, one thread a rank) or "cuda" (nccl).
+
+    Raises:
+        UsageError: there is no GPU for this process, or there are GPUs that torch cannot use.
+        MilepostError: another rank is gone.
     """
     if device_type == "cuda":
+        _check_gpu(place)
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     else:
+        count_gpus()  # refuses those that torch cannot use: nobody asked for the CPU then
         device = torch.device("cpu")
     if place.size == 1:
         yield World(rank=0, size=1, device=device)
@@ -72,10 +77,28 @@ def join_world(place: Place, *, device_type: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _check_gpu(place: Place) -> None:
+    num_gpus = torch.cuda.device_count()
+    if place.local_rank >= num_gpus:
+        raise UsageError(
+            f"rank {place.rank} needs GPU {place.local_rank}, this machine has {num_gpus}",
+            hint=f"start at most {num_gpus} processes a machine (torchrun --nproc-per-node)",
+        )
+
+
 def _is_loss_of_a_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
-    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
-    return any(word in str(error).lower() for word in words)
+    return any(words in str(error).lower() for words in _WORDS_OF_A_LOST_PEER)
+
+
+_WORDS_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection closed by remote peer",
+    "connection reset by peer",
+    "broken pipe",
+    "remote process exited",
+)
+"""Gloo's, the rendezvous store's and NCCL's."""
 
 
 def _pair_groups(place: Place) -> tuple[dist.ProcessGroup, ...]:
@@ -95,12 +118,4 @@ def _pair_groups(place: Place) -> tuple[dist.ProcessGroup, ...]:
 
 def die_with_parent(place: Place) -> None:
     """Ends this process as soon as the launcher that started it is gone, however it died."""
-    descriptor = place.parent_pipe
-    if descriptor is None:
-        return
-
-    def wait_for_the_end() -> None:
-        os.read(descriptor, 1)
-        os._exit(1)
-
-    threading.Thread(target=wait_for_the_end, name="parent-watch", daemon=True).start()
+    end_with_pipe(place.parent_pipe)

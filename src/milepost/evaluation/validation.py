@@ -7,6 +7,7 @@ to ranks, row sums are gathered and added in row order.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,8 @@ def validate(
     compute_dtype: torch.dtype,
     chunk_rows: int,
     world: World,
-) -> ValidationResult:
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> ValidationResult | None:
     """Scores the whole set; every rank must call, every rank gets the result.
 
     Args:
@@ -71,6 +73,8 @@ def validate(
         compute_dtype: as in training.
         chunk_rows: rows whose logits exist at once.
         world: of this process.
+        stop_requested: asked before each forward pass; if any rank says yes, the scoring is
+            given up and every rank gets None.
     """
     started = time.monotonic()
     num_rows, length = rows.inputs.shape
@@ -78,7 +82,10 @@ def validate(
     groups_per_rank = -(-num_groups // world.size)
     sums = torch.zeros(groups_per_rank * microbatch_rows, dtype=torch.float64, device=world.device)
     first_group = world.rank * groups_per_rank
+    is_stopping = False
     for group in range(first_group, min(first_group + groups_per_rank, num_groups)):
+        if is_stopping := stop_requested():
+            break
         start = group * microbatch_rows
         inputs = _padded(rows.inputs[start : start + microbatch_rows], microbatch_rows, fill=0)
         targets = _padded(rows.targets[start : start + microbatch_rows], microbatch_rows, fill=-1)
@@ -92,8 +99,11 @@ def validate(
         )
         place = (group - first_group) * microbatch_rows
         sums[place : place + microbatch_rows] = nats.view(-1, length).double().sum(dim=1)
-    gathered = gather_in_rank_order(sums, world=world).cpu().flatten().tolist()
-    total_nats = sum(gathered[:num_rows])
+    flag = torch.tensor([float(is_stopping)], dtype=torch.float64, device=world.device)
+    gathered = gather_in_rank_order(torch.cat([sums, flag]), world=world).cpu()
+    if gathered[:, -1].any():
+        return None
+    total_nats = sum(gathered[:, :-1].flatten().tolist()[:num_rows])
     return ValidationResult(
         loss_nats=total_nats / rows.num_tokens,
         bits_per_byte=bits_per_byte(total_nats=total_nats, num_bytes=rows.num_bytes),

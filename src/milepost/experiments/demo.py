@@ -7,6 +7,7 @@ user has; this file only orders and tells them.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ RECIPE = "demo"
 PROMPT = "Fellow citizens of the Senate and House of Representatives:"
 STEPS_AFTER_CHECKPOINT = 23
 """The kill comes so many steps after a checkpoint, so that there is something to compare."""
+
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""The demo shows the same everywhere, and leaves GPUs to those who use them."""
 
 NUM_SAMPLES = 5
 SAMPLE_TOKENS = 60
@@ -77,6 +81,7 @@ def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
     """
     started = time.monotonic()
     config = load_recipe(recipe)
+    run = run.resolve()
     data = run.with_name(f"{run.name}-data")
     say("1/5  prepare the State of the Union addresses")
     addresses = find_addresses()
@@ -110,7 +115,7 @@ def show_demo(result: DemoResult) -> None:
         text = " ".join(sample.completion.split())
         show(f"\nstep {sample.step}: {PROMPT} {text}")
     show(
-        f"\nexact: {result.num_equal} of {result.num_compared} steps; "
+        f"\n{_exactness_in_words(result.num_equal, result.num_compared)}; "
         f"held-out text: {result.bits_per_byte:.3f} bits per byte; "
         f"{format_duration(result.seconds)} in all"
     )
@@ -128,28 +133,33 @@ def _train(run: Path, *, data: Path, config: Config, recipe: str) -> None:
     words = ["train", recipe, "--run", str(run), "--data.path", str(data)]
     layout = RunLayout(run)
     last, kill_at = config.last_step, kill_step(config)
-    cores = num_available_cores()
-    history = read_history(layout.events)
-    if history.num_segments == 0:
-        say(f"2/5  train a small LLaMA on {cores} cores; it will be killed at step {kill_at}")
+
+    def segment(kill_when: Callable[[Event], bool]) -> bool:
         with progress("train", total=last) as bar:
-            run_segment(
+            return run_segment(
                 words,
                 run=run,
                 on_step=lambda event: bar.update(event["step"], note=_note(event, last)),
-                kill_when=lambda event: event["step"] >= kill_at,
+                kill_when=kill_when,
+                environment=ON_THE_CPU,
             )
-        steps = read_history(layout.events).latest_by_step("step")
-        say(f"     killed (SIGKILL) after step {max(steps)}")
+
+    if _may_be_killed(read_history(layout.events), kill_at=kill_at):
+        cores = num_available_cores()
+        say(f"2/5  train a small LLaMA on {cores} cores; it will be killed at step {kill_at}")
+        if segment(lambda event: event["step"] >= kill_at):
+            steps = read_history(layout.events).latest_by_step("step")
+            say(f"     killed (SIGKILL) after step {max(steps)}")
     restorable = max((step for step, _ in checkpoint_folders(layout)), default=0)
     say(f"3/5  go on from the checkpoint of step {restorable} with the same command")
-    with progress("train", total=last) as bar:
-        run_segment(
-            words,
-            run=run,
-            on_step=lambda event: bar.update(event["step"], note=_note(event, last)),
-            kill_when=lambda event: False,
-        )
+    segment(lambda event: False)
+
+
+def _may_be_killed(history: History, *, kill_at: int) -> bool:
+    """Whether the kill is still to come: nothing was compared and its step is not reached."""
+    steps = history.latest_by_step("step")
+    has_compared = any(event["compared"] for event in history.of_kind("replayed"))
+    return not has_compared and max(steps, default=0) < kill_at
 
 
 def _note(event: Event, last_step: int) -> str:
@@ -166,8 +176,14 @@ def _say_exactness(history: History) -> tuple[int, int]:
             hint="report this with the run's events.jsonl; milepost doctor says what this "
             "machine is",
         )
-    say(f"     exact: {equal} of {compared} steps")
+    say(f"     {_exactness_in_words(equal, compared)}")
     return compared, equal
+
+
+def _exactness_in_words(equal: int, compared: int) -> str:
+    if compared == 0:  # interrupted by hand, and stopped in order
+        return "no step had to be run again, so nothing was compared"
+    return f"exact: {equal} of {compared} steps"
 
 
 def _sample(run: Path, *, seed: int) -> list[SampleRecord]:

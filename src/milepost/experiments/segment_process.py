@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, NoReturn
 
-from milepost.core.errors import MilepostError
-from milepost.runs.events import Event, read_history
+from milepost.core.errors import MilepostError, StopRequested
+from milepost.distributed.place import PARENT_PIPE_VARIABLE
+from milepost.runs.events import Event
 from milepost.runs.layout import RunLayout
 
 POLL_SECONDS = 0.2
 
+SAVING_SECONDS = 10.0
+"""How long a training that is asked to stop has to save before it is killed."""
+
 
 class SegmentFailed(MilepostError):
-    """The training process ended with an error; its last words are in the message."""
+    """The training process ended with an error; its last words are in the message.
+
+    Attributes:
+        exit_code: the training's own, 1 where a signal ended it.
+    """
+
+    def __init__(self, code: int, *, last_words: Sequence[str]) -> None:
+        super().__init__(
+            f"training ended with exit code {code}:\n  " + "\n  ".join(last_words),
+            hint="run the same command again; it goes on from the newest checkpoint",
+        )
+        self.exit_code = code if code > 0 else 1
 
 
 def run_segment(
@@ -29,60 +46,121 @@ def run_segment(
     run: Path,
     on_step: Callable[[Event], None],
     kill_when: Callable[[Event], bool],
+    environment: Mapping[str, str] | None = None,
 ) -> bool:
     """Runs `milepost WORDS` to its end, or kills it.
+
+    The training ends with this process: SIGTERM and SIGHUP let it save first, a Ctrl-C here and
+    every other death end it at once.
 
     Args:
         words: a `train` command for `run`.
         run: the run folder.
         on_step: called with the newest `step` event as the history grows.
         kill_when: asked with the same event; True ends the whole process group by SIGKILL.
+        environment: variables that the training has beside this process's own.
 
     Returns:
         Whether it was killed.
 
     Raises:
         SegmentFailed: it ended with another exit code than 0.
+        StopRequested: this process was asked to stop.
     """
-    layout = RunLayout(run)
-    with tempfile.TemporaryFile() as talk:
+    steps = _NewSteps(RunLayout(run).events)
+    with tempfile.TemporaryFile() as talk, contextlib.ExitStack() as stack:
+        stack.enter_context(_stops_as_exceptions())
+        process = stack.enter_context(_training(words, talk=talk, environment=environment or {}))
+        was_killed = _watch(process, steps, on_step=on_step, kill_when=kill_when)
+        if process.returncode != 0 and not was_killed:
+            talk.seek(0)
+            last_words = talk.read().decode(errors="replace").strip().splitlines()[-4:]
+            raise SegmentFailed(process.returncode, last_words=last_words)
+    return was_killed
+
+
+@contextlib.contextmanager
+def _stops_as_exceptions() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the block instead of ending this process on the spot."""
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise StopRequested(
+            f"stopped on request ({signal.Signals(signum).name}); the same command goes on"
+        )
+
+    signals = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {s: signal.signal(s, stop) for s in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _training(
+    words: Sequence[str], *, talk: IO[bytes], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process for the block; it holds a pipe that tells it of this process's end."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb"), os.fdopen(reader, "rb"):
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "milepost.cli.main", *words],
+            env={**os.environ, **environment, PARENT_PIPE_VARIABLE: str(reader)},
+            pass_fds=(reader,),
             stdout=subprocess.DEVNULL,
             stderr=talk,
             start_new_session=True,
         )
         try:
-            was_killed = _watch(process, layout, on_step=on_step, kill_when=kill_when)
+            yield process
+        except StopRequested:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAVING_SECONDS)
+            raise
         finally:
             if process.poll() is None:
                 _kill(process)
-        if process.returncode != 0 and not was_killed:
-            talk.seek(0)
-            last_words = talk.read().decode(errors="replace").strip().splitlines()[-4:]
-            raise SegmentFailed(
-                "training ended with exit code "
-                f"{process.returncode}:\n  " + "\n  ".join(last_words),
-                hint="run the same command again; it goes on from the newest checkpoint",
-            )
-    return was_killed
+
+
+class _NewSteps:
+    """The `step` events that come after this was made, each given once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_bytes_read = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[Event]:
+        """Those of the whole lines that were appended since the last look."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._num_bytes_read)
+                appended = file.read()
+        except FileNotFoundError:
+            return []
+        whole = appended[: appended.rfind(b"\n") + 1]
+        self._num_bytes_read += len(whole)
+        events = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                events.append(json.loads(line))
+        return [e for e in events if isinstance(e, dict) and e.get("kind") == "step"]
 
 
 def _watch(
     process: subprocess.Popen[bytes],
-    layout: RunLayout,
+    steps: _NewSteps,
     *,
     on_step: Callable[[Event], None],
     kill_when: Callable[[Event], bool],
 ) -> bool:
-    num_seen = sum(1 for _ in read_history(layout.events).of_kind("step"))
     while True:
         has_ended = process.poll() is not None
-        steps = list(read_history(layout.events).of_kind("step"))
-        if len(steps) > num_seen:
-            num_seen = len(steps)
-            on_step(steps[-1])
-            if not has_ended and kill_when(steps[-1]):
+        new = steps.read()
+        if new:
+            on_step(new[-1])
+            if not has_ended and kill_when(new[-1]):
                 _kill(process)
                 return True
         if has_ended:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from milepost.checkpoint.store import verify_model_files
 from milepost.config.schema import ModelSection
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.core.files import read_json
+from milepost.core.files import plain_file, read_json
 from milepost.model.huggingface import model_section_from_hf
 from milepost.model.llama import Llama
 from milepost.runs.layout import RunLayout, step_of_folder
@@ -68,7 +67,7 @@ def load_model(
         verify_model_files(folder)  # a flipped bit would load silently
     config = _read_config(folder)
     for file in folder.glob("*.json"):
-        _plain_file(file)
+        plain_file(file, error=CheckpointError)
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -151,7 +150,7 @@ def _read_config(folder: Path) -> ModelSection:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
-        return [_plain_file(folder / WEIGHTS_FILE)]
+        return [plain_file(folder / WEIGHTS_FILE, error=CheckpointError)]
     if (folder / INDEX_FILE).exists():
         index = _read_bounded_json(folder / INDEX_FILE)
         names = index.get("weight_map")
@@ -172,26 +171,11 @@ def _shard(folder: Path, name: str) -> Path:
         raise CheckpointError(
             f"{folder / INDEX_FILE} names {name!r}, only .safetensors files beside it are read"
         )
-    return _plain_file(folder / name)
-
-
-def _plain_file(path: Path) -> Path:
-    """`path` itself if it is a regular file: a link leaves the folder, a pipe blocks."""
-    try:
-        mode = path.lstat().st_mode
-    except OSError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    if stat.S_ISREG(mode):
-        return path
-    if stat.S_ISLNK(mode):
-        raise CheckpointError(
-            f"{path} is a symbolic link", hint="copy the folder with its links resolved (cp -rL)"
-        )
-    raise CheckpointError(f"{path} is not a regular file")
+    return plain_file(folder / name, error=CheckpointError)
 
 
 def _read_bounded_json(path: Path) -> dict[str, Any]:
-    size = _plain_file(path).stat().st_size
+    size = plain_file(path, error=CheckpointError).stat().st_size
     if size > MOST_JSON_BYTES:
         raise CheckpointError(f"{path} has {size} bytes, at most {MOST_JSON_BYTES} are read")
     values = read_json(path, error=CheckpointError)

@@ -37,8 +37,15 @@ class EventWriter:
         Raises:
             StorageError: the line could not be written.
         """
+        append_json_line(self.path, self._event(kind, fields))
+
+    def append_durably(self, kind: str, **fields: Any) -> None:
+        """As `append`, and the event outlasts a loss of power that comes after the call."""
+        append_json_line(self.path, self._event(kind, fields), is_durable=True)
+
+    def _event(self, kind: str, fields: Event) -> Event:
         head = {"v": SCHEMA_VERSION, "kind": kind, "time": utc_now(), "segment": self.segment}
-        append_json_line(self.path, head | fields)
+        return head | fields
 
 
 @dataclass(frozen=True)

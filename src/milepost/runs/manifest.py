@@ -8,7 +8,7 @@ from typing import Any
 from milepost.config.recipe import as_plain, config_from_plain, config_sha256
 from milepost.config.schema import Config
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.core.files import read_json, write_json
+from milepost.core.files import read_json, sha256_of_json, write_json
 from milepost.runs.layout import RunLayout
 
 SCHEMA_VERSION = 1
@@ -77,12 +77,13 @@ def read_run_manifest(layout: RunLayout) -> RunManifest:
             hint="use the version of Milepost that made the run, or a later one",
         )
     try:
-        config = config_from_plain(values["config"], source=str(layout.manifest))
-        if config_sha256(config) != values["config_sha256"]:
+        # Over the config as it was written: fields that came later have defaults, no hash.
+        if sha256_of_json(values["config"]) != values["config_sha256"]:
             raise CheckpointError(
                 f"{layout.manifest}: the config does not match its hash",
                 hint="the file was edited; restore it, a run's config never changes",
             )
+        config = config_from_plain(values["config"], source=str(layout.manifest))
         return RunManifest(
             config=config, **{k: values[k] for k in RunManifest.__annotations__ if k != "config"}
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from milepost.checkpoint.state import Progress, TrainState
-from milepost.checkpoint.store import load_train_state
+from milepost.checkpoint.store import load_train_state, needed_bytes, refuse_if_full
 from milepost.config.recipe import as_plain, config_from_plain
 from milepost.config.schema import Config
 from milepost.core.console import say
@@ -23,11 +23,11 @@ from milepost.distributed.world import World
 from milepost.model.huggingface import hf_config, hf_generation_config
 from milepost.model.init import initialize
 from milepost.model.llama import Llama
-from milepost.planner.cost import flops_per_token
+from milepost.planner.cost import count_parameters, flops_per_token
 from milepost.planner.duration import gpu_of_device
 from milepost.runs.layout import RunLayout
 from milepost.text.tokenizer import Tokenizer
-from milepost.train.exactness import judge_exactness, machine_facts
+from milepost.train.exactness import device_names, judge_exactness, machine_facts
 from milepost.train.gradients import LaneGradients
 from milepost.train.loop import LoopParts
 from milepost.train.objective import build_objective
@@ -50,11 +50,14 @@ class Agreement:
         config: resolved.
         restore_from: the checkpoint folder, None for a new start.
         is_finished: nothing is left to do.
+        missing: kinds of events ("validation", "sample") that were due at the restored step and
+            were not reached; at the first step of a run both.
     """
 
     config: Config
     restore_from: Path | None
     is_finished: bool
+    missing: frozenset[str]
 
 
 def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
@@ -66,6 +69,7 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
             "config": as_plain(opened.config),
             "restore_from": None if found is None else str(found.folder),
             "is_finished": opened.is_finished,
+            "missing": _missing_at_start(opened),
         }
     plain = broadcast_json(plain, world=world)
     folder = plain["restore_from"]
@@ -73,7 +77,22 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
         config=config_from_plain(plain["config"], source="the run's config"),
         restore_from=None if folder is None else Path(folder),
         is_finished=plain["is_finished"],
+        missing=frozenset(plain["missing"]),
     )
+
+
+def _missing_at_start(opened: OpenedRun) -> list[str]:
+    step = 0 if opened.restorable is None else opened.restorable.step
+    config, history = opened.config, opened.history
+    intervals = {
+        "validation": config.validation.every_steps,
+        "sample": config.samples.every_steps,
+    }
+    return [
+        kind
+        for kind, every in intervals.items()
+        if every is not None and step % every == 0 and step not in history.latest_by_step(kind)
+    ]
 
 
 def build(
@@ -106,15 +125,24 @@ def build(
     periodic: list[Periodic] = []
     if data.validation is not None:
         rows = open_validation_set(data.validation, config=config, data=data, tokenizer=tokenizer)
-        action = make_validation(model, rows=rows, config=config, world=world, events=events)
-        periodic.append(Periodic(config.validation.every_steps, action, at_start=True))
+        action = make_validation(
+            model,
+            rows=rows,
+            config=config,
+            world=world,
+            events=events,
+            stop_requested=stop_requested,
+        )
+        is_missing = "validation" in agreement.missing
+        periodic.append(Periodic(config.validation.every_steps, action, at_start=is_missing))
     save: Callable[[Progress], None] = _nothing
     if opened is not None:
         if config.samples.every_steps is not None:
             action = make_sampling(
                 model, tokenizer=tokenizer, config=config, layout=layout, events=opened.events
             )
-            periodic.append(Periodic(config.samples.every_steps, action, at_start=True))
+            is_missing = "sample" in agreement.missing
+            periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
         save = Saver(
             layout=layout,
             run_id=opened.manifest.run_id,
@@ -147,10 +175,7 @@ def build(
         periodic=periodic,
         save=save,
         throughput=_throughput(config, world=world),
-        replay=ReplayCheck(
-            opened.history if opened is not None else None, restored_step=progress.step
-        ),
-        world=world,
+        replay=_replay_check(opened, restored_step=progress.step),
         events=events,
         stop_requested=stop_requested,
     )
@@ -175,7 +200,22 @@ def _model_to_train(
     restore_moments(
         model, optimizer=optimizer, moments=state.moments, num_updates=state.optimizer_step
     )
-    return model, optimizer, state.progress
+    return model, optimizer, _fitting_scale(state.progress, precision=config.train.precision)
+
+
+def _fitting_scale(progress: Progress, *, precision: str) -> Progress:
+    """The saved loss scale, or a fresh one where an override changed the precision."""
+    if precision != "float16":
+        return replace(progress, loss_scale=1.0, steps_at_scale=0)
+    if progress.loss_scale == 1.0 and progress.steps_at_scale == 0:  # not yet float16
+        return replace(progress, loss_scale=FIRST_LOSS_SCALE, steps_at_scale=0)
+    return progress
+
+
+def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayCheck:
+    """What was logged is no measure for steps that are meant to differ from it."""
+    history = None if opened is None or opened.overrides else opened.history
+    return ReplayCheck(history, restored_step=restored_step)
 
 
 def _nothing(progress: Progress) -> None:
@@ -220,11 +260,23 @@ def _model_files(config: Config, *, tokenizer: Tokenizer, data: PreparedData) ->
 def start_segment(
     parts: LoopParts, *, opened: OpenedRun, config: Config, world: World, layout: RunLayout
 ) -> None:
-    """Records and says what this segment is; main rank only."""
+    """Records and says what this segment is; main rank only.
+
+    Raises:
+        StorageError: the disk cannot hold one checkpoint; nothing was trained.
+    """
     assert parts.events is not None
+    needed = needed_bytes(
+        count_parameters(config.model).total, weights_dtype=config.checkpoint.weights_dtype
+    )
+    refuse_if_full(layout, state_bytes=needed)
     restored = None if opened.restorable is None else opened.restorable.step
     exactness, reason = judge_exactness(
-        config=config, world=world, history=opened.history, restored_step=restored
+        config=config,
+        world=world,
+        history=opened.history,
+        restored_step=restored,
+        overrides=opened.overrides,
     )
     facts = machine_facts(device=world.device)
     parts.events.append(
@@ -232,7 +284,7 @@ def start_segment(
         ranks=world.size,
         threads=torch.get_num_threads(),
         device=facts["device"],
-        devices=[facts["device"]] * (world.size if world.device.type == "cuda" else 1),
+        devices=device_names(world=world),
         versions=facts,
         restored_step=restored,
         restored="nothing" if restored is None else "full",
@@ -242,6 +294,8 @@ def start_segment(
         precision=config.train.precision,
         changed=[{"field": f, "old": o, "new": n} for f, o, n in opened.changed],
     )
+    for field, old, new in opened.overrides:
+        parts.events.append("override", field=field, old=old, new=new)
     where = "from the first step" if restored is None else f"goes on from step {restored}"
     compiled = "compiled" if config.train.compile else "not compiled"
     say(f"{layout.root}: {where}; {world.size} ranks, {config.train.precision}, {compiled}")

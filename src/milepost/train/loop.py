@@ -13,7 +13,6 @@ from milepost.checkpoint.state import Progress
 from milepost.core.console import say
 from milepost.core.units import format_duration
 from milepost.data.loader import batch_sha256
-from milepost.distributed.world import World
 from milepost.runs.events import EventWriter
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
@@ -51,7 +50,6 @@ class LoopParts:
     save: Callable[[Progress], None]
     throughput: Throughput
     replay: ReplayCheck
-    world: World
     events: EventWriter | None
     stop_requested: Callable[[], bool]
 
@@ -67,8 +65,9 @@ def run_loop(parts: LoopParts) -> bool:
         StorageError: the history or a checkpoint cannot be written.
         DataError: a shard went away.
     """
-    if parts.progress.step == 0:
-        _run_periodic(parts)
+    for periodic in parts.periodic:
+        if periodic.at_start:
+            periodic.action(parts.progress)
     while parts.progress.step < parts.last_step:
         step_started = time.perf_counter()
         step = parts.progress.step
@@ -90,17 +89,21 @@ def run_loop(parts: LoopParts) -> bool:
         )
         if parts.events is not None:
             _record(parts, result, batch, data_step, learning_rate, step_seconds)
-        _run_periodic(parts)
         if result.is_stop_requested and parts.progress.step < parts.last_step:
+            # What else is due waits until the run goes on; whoever asked may not wait for it.
             parts.save(parts.progress)
+            _end_replay(parts)
             return True
+        for periodic in parts.periodic:
+            if periodic.is_due(parts.progress.step, last_step=parts.last_step):
+                periodic.action(parts.progress)
+    _end_replay(parts)
     return False
 
 
-def _run_periodic(parts: LoopParts) -> None:
-    for periodic in parts.periodic:
-        if periodic.is_due(parts.progress.step, last_step=parts.last_step):
-            periodic.action(parts.progress)
+def _end_replay(parts: LoopParts) -> None:
+    if parts.events is not None:
+        parts.replay.report_if_done(parts.progress.step, events=parts.events, is_last=True)
 
 
 def _record(
@@ -141,4 +144,4 @@ def _record(
         f"lr {learning_rate:.2e}  norm {result.grad_norm:.3f}  {rate:,.0f} tok/s  "
         f"left {format_duration(left)}"
     )
-    parts.replay.report_if_done(step, events=parts.events, is_last=step == parts.last_step)
+    parts.replay.report_if_done(step, events=parts.events, is_last=False)

@@ -9,17 +9,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from milepost.checkpoint.retention import Restorable, newest_restorable
 from milepost.checkpoint.store import remove_litter
-from milepost.config.recipe import (
-    as_plain,
-    config_from_plain,
-    differences,
-    is_fixed,
-    is_harmless,
-)
+from milepost.config.recipe import differences, is_fixed, is_harmless
 from milepost.config.schema import Config
 from milepost.core.console import warn
 from milepost.core.environment import describe_environment
@@ -29,6 +22,7 @@ from milepost.data.shards import PreparedData
 from milepost.runs.events import EventWriter, History, read_history, utc_now
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest, write_run_manifest
+from milepost.runs.overrides import Change, apply_changes, config_with_overrides
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class OpenedRun:
         history: everything logged so far.
         events: the writer of this segment.
         restorable: the checkpoint to go on from; None for a run from its first step.
-        changed: (field, old, new) of what this segment takes.
+        changed: what this segment takes, harmless changes too.
     """
 
     manifest: RunManifest
@@ -49,7 +43,12 @@ class OpenedRun:
     history: History
     events: EventWriter
     restorable: Restorable | None
-    changed: list[tuple[str, Any, Any]]
+    changed: list[Change]
+
+    @property
+    def overrides(self) -> list[Change]:
+        """The changes that alter the run's numbers; they are recorded when the segment starts."""
+        return [change for change in self.changed if not is_harmless(change[0])]
 
     @property
     def is_finished(self) -> bool:
@@ -82,14 +81,14 @@ def open_run(
         DataError: the shards are not those of the run.
         StorageError: the folder cannot be written.
     """
-    changed: list[tuple[str, Any, Any]] = []
+    changed: list[Change] = []
     if layout.manifest.exists():
         manifest = read_run_manifest(layout)
         history = read_history(layout.events)
-        base = _with_recorded_overrides(manifest.config, history)
+        base = config_with_overrides(manifest.config, history=history)
         changed = differences(base, config)
         _refuse_changes(changed, may_override=may_override)
-        config = _apply(base, changed)
+        config = apply_changes(base, changed)
         _refuse_other_data(manifest, data)
     else:
         _refuse_foreign_folder(layout)
@@ -101,9 +100,6 @@ def open_run(
         warn(f"{layout.events}: {history.num_bad_lines} lines cannot be read and are skipped")
     events = EventWriter(layout.events, segment=history.num_segments + 1)
     restorable = _find_checkpoint(layout, manifest=manifest, history=history, events=events)
-    for field, old, new in changed:
-        if not is_harmless(field):
-            events.append("override", field=field, old=old, new=new)
     return OpenedRun(manifest, config, history, events, restorable, changed)
 
 
@@ -135,21 +131,7 @@ def _find_checkpoint(
     return found
 
 
-def _with_recorded_overrides(config: Config, history: History) -> Config:
-    """The manifest's config with the overrides that earlier segments took."""
-    taken = [(e["field"], e["old"], e["new"]) for e in history.of_kind("override")]
-    return _apply(config, taken)
-
-
-def _apply(config: Config, changes: list[tuple[str, Any, Any]]) -> Config:
-    plain = as_plain(config)
-    for field, _, new in changes:
-        section, name = field.split(".")
-        plain[section][name] = new
-    return config_from_plain(plain, source="the changed recipe")
-
-
-def _refuse_changes(changed: list[tuple[str, Any, Any]], *, may_override: bool) -> None:
+def _refuse_changes(changed: list[Change], *, may_override: bool) -> None:
     refused = [c for c in changed if not is_harmless(c[0])]
     fixed = [c for c in refused if is_fixed(c[0])]
     if not refused or (may_override and not fixed):

@@ -15,7 +15,7 @@ class Periodic:
     Attributes:
         every_steps: None means only at the end.
         action: called with where the run stands.
-        at_start: whether it also runs before the first update of a new run.
+        at_start: whether it also runs before the first update of this segment.
     """
 
     every_steps: int | None
@@ -23,9 +23,7 @@ class Periodic:
     at_start: bool = False
 
     def is_due(self, step: int, *, last_step: int) -> bool:
-        """Whether the action runs after `step` updates."""
-        if step == 0:
-            return self.at_start
+        """Whether the action runs after `step` updates, of which there is one at least."""
         if step == last_step:
             return True
         return self.every_steps is not None and step % self.every_steps == 0

@@ -9,6 +9,7 @@ import time
 import torch
 
 from milepost.config.schema import Config
+from milepost.core.errors import UsageError
 
 WORTHWHILE_RATIO = 1.3
 """bfloat16 must win its matrix products by so much, since casts and reductions cost too."""
@@ -51,10 +52,27 @@ def resolve_compile(requested: bool | str, *, config: Config, device: torch.devi
         return bool(requested)
     if device.type == "cuda":
         return True
-    has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     work_tokens = config.train.total_steps * config.train.global_batch_tokens
     work = work_tokens * config.model.hidden_size**2 * config.model.num_hidden_layers
-    return has_compiler and work > COMPILE_PAYS_WORK
+    return _has_compiler() and work > COMPILE_PAYS_WORK
+
+
+def check_compiler(config: Config, *, device: torch.device) -> None:
+    """Refuses to compile where nothing can; a run keeps what it was made with.
+
+    Raises:
+        UsageError: train.compile is on, the device is a CPU, and there is no C++ compiler.
+    """
+    if config.train.compile and device.type == "cpu" and not _has_compiler():
+        raise UsageError(
+            "train.compile is on and there is no C++ compiler here",
+            hint="install g++, or turn it off with --train.compile false (for a run that was made "
+            "with it also --override: its last bits change)",
+        )
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 COMPILE_PAYS_WORK = 2e12

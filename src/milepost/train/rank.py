@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from milepost.config.schema import Config
-from milepost.core.console import say
-from milepost.core.errors import DivergedError, MilepostError, StorageError
+from milepost.core.console import progress, say
+from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
 from milepost.core.files import exclusive_lock, storage_errors
 from milepost.core.units import format_count
 from milepost.data.run_data import open_run_data
@@ -25,7 +25,12 @@ from milepost.runs.layout import RunLayout
 from milepost.train.build import Agreement, agree, build, start_segment
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
-from milepost.train.precision import make_deterministic, resolve_compile, resolve_precision
+from milepost.train.precision import (
+    check_compiler,
+    make_deterministic,
+    resolve_compile,
+    resolve_precision,
+)
 from milepost.train.stop import StopSignal
 
 Summary = dict[str, Any]
@@ -56,10 +61,9 @@ def train_as_rank(
     with contextlib.ExitStack() as stack:
         data = open_run_data(config)
         if place.rank == 0:
-            _verify(data)
-            with storage_errors(run):
-                run.mkdir(parents=True, exist_ok=True)
+            _make_folder(run)
             stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
+            _verify(data)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if device_type == "cpu" and place.started_by == "milepost":
             torch.set_num_threads(1)
@@ -77,6 +81,7 @@ def train_as_rank(
         agreement = agree(opened, world=world)
         if agreement.is_finished:
             return _already_done(opened, layout)
+        check_compiler(agreement.config, device=world.device)
         if agreement.config.train.deterministic:
             make_deterministic(device=world.device)
         parts = build(
@@ -94,11 +99,22 @@ def train_as_rank(
         return _run_segment(parts, layout=layout, agreement=agreement)
 
 
+def _make_folder(run: Path) -> None:
+    if run.exists() and not run.is_dir():
+        raise UsageError(f"{run} is not a folder", hint="choose another name with --run")
+    with storage_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+
+
 def _verify(data: PreparedData) -> None:
-    say(f"checking the shards in {data.folder}")
-    data.train.verify()
-    if data.validation is not None:
-        data.validation.verify()
+    splits = [data.train] if data.validation is None else [data.train, data.validation]
+    total = sum(split.num_files for split in splits)
+    num_checked = 0
+    with progress(f"checking {data.folder}", total=total) as bar:
+        for split in splits:
+            for name in split.verify():
+                num_checked += 1
+                bar.update(num_checked, note=name)
 
 
 def _resolver(world: World) -> Callable[[Config], Config]:
@@ -127,14 +143,19 @@ def _introduce(agreement: Agreement, data: PreparedData) -> None:
 def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None:
     if opened is None or opened.restorable is None:
         return None
-    say(f"{layout.root}: done, all {opened.config.last_step} steps")
-    return {"run": str(layout.root), "status": "done", "step": opened.restorable.step}
+    step, wanted = opened.restorable.step, opened.config.last_step
+    if step > wanted:
+        say(f"{layout.root}: is at step {step} already, train.stop_at_step is {wanted}")
+    else:
+        say(f"{layout.root}: done, all {step} steps")
+    return {"run": str(layout.root), "status": "done", "step": step}
 
 
 def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -> Summary | None:
     seconds_before = parts.progress.training_seconds
     try:
-        was_stopped = run_loop(parts)
+        with _memory_errors(agreement.config):
+            was_stopped = run_loop(parts)
     except MilepostError as error:
         _record_failure(parts, error, seconds_before=seconds_before)
         raise
@@ -157,6 +178,24 @@ def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -
         "tokens_seen": parts.progress.tokens_seen,
         "training_seconds": parts.progress.training_seconds,
     }
+
+
+@contextlib.contextmanager
+def _memory_errors(config: Config) -> Iterator[None]:
+    """Says what to do where memory runs out inside the block."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_cpu_allocator = "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, torch.OutOfMemoryError) or is_cpu_allocator
+        ):
+            raise
+        raise MilepostError(
+            f"out of memory with train.microbatch_rows = {config.train.microbatch_rows}",
+            hint='lower train.microbatch_rows, or set train.recompute = "block"; milepost plan '
+            "says what fits",
+        ) from error
 
 
 def _record_failure(parts: LoopParts, error: MilepostError, *, seconds_before: float) -> None:

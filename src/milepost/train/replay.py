@@ -36,7 +36,9 @@ class ReplayCheck:
             self._differing.append(step)
 
     def report_if_done(self, step: int, *, events: EventWriter, is_last: bool) -> None:
-        """Says and records the result once, when the last logged step has been run again."""
+        """Says and records the result once: when the last logged step has been run again, or
+        when the segment ends before.
+        """
         if not self._num_compared or not (step >= self._last or is_last):
             return
         equal = self._num_compared - len(self._differing)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from milepost.checkpoint.retention import drop_old_train_states
 from milepost.checkpoint.state import Progress, TrainState
-from milepost.checkpoint.store import save_checkpoint
+from milepost.checkpoint.store import SavedCheckpoint, save_checkpoint
 from milepost.config.schema import CheckpointSection
 from milepost.core.console import say
 from milepost.core.errors import StorageError
@@ -36,24 +36,44 @@ class Saver:
     model_files: dict[str, bytes]
     events: EventWriter
     saved_step: int
+    _unrecorded: SavedCheckpoint | None = field(default=None, init=False)
 
     def save(self, progress: Progress) -> None:
-        """Saves, then drops what retention says; a save that fails is tried once more after.
+        """Saves, then drops what retention says.
+
+        A save that fails is tried once more if retention could free something.
 
         Raises:
-            StorageError: it failed twice; earlier checkpoints are as they were.
+            StorageError: it failed; earlier checkpoints are as they were.
         """
         if progress.step == self.saved_step:
             return
         try:
             self._write(progress)
         except StorageError:
-            self._drop_old()
+            if not self._drop_old():
+                raise
             self._write(progress)
         self.saved_step = progress.step
         self._drop_old()
 
     def _write(self, progress: Progress) -> None:
+        saved = self._unrecorded
+        if saved is None or saved.step != progress.step:
+            saved = self._save_checkpoint(progress)
+        # Where only its event fails, the checkpoint is there and is not written once more.
+        self._unrecorded = saved
+        self.events.append(
+            "checkpoint_saved",
+            step=saved.step,
+            sha256=saved.sha256,
+            bytes=saved.num_bytes,
+            seconds=saved.seconds,
+        )
+        self._unrecorded = None
+        say(f"step {saved.step}  checkpoint saved, {format_bytes(saved.num_bytes)}")
+
+    def _save_checkpoint(self, progress: Progress) -> SavedCheckpoint:
         moments, num_updates = moments_by_name(self.model, optimizer=self.optimizer)
         state = TrainState(
             progress=progress,
@@ -61,26 +81,18 @@ class Saver:
             moments=moments,
             optimizer_step=num_updates,
         )
-        saved = save_checkpoint(
+        return save_checkpoint(
             self.layout,
             run_id=self.run_id,
             state=state,
             model_files=self.model_files,
             weights_dtype=self.config.weights_dtype,
         )
-        self.events.append(
-            "checkpoint_saved",
-            step=progress.step,
-            sha256=saved.sha256,
-            bytes=saved.num_bytes,
-            seconds=saved.seconds,
-        )
-        say(f"step {progress.step}  checkpoint saved, {format_bytes(saved.num_bytes)}")
 
-    def _drop_old(self) -> None:
-        drop_old_train_states(
+    def _drop_old(self) -> list[int]:
+        return drop_old_train_states(
             self.layout,
             keep=self.config.keep_train_state,
             every_steps=self.config.keep_train_state_every_steps,
-            record=lambda step: self.events.append("train_state_dropped", step=step),
+            record=lambda step: self.events.append_durably("train_state_dropped", step=step),
         )

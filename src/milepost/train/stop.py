@@ -8,18 +8,30 @@ import os
 import signal
 
 from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE
+from milepost.distributed.stop_requests import STOP_SIGNALS
 
 
 class StopSignal:
-    """Remembers that a stop was asked for; make it on the main thread, early."""
+    """Remembers that a stop was asked for; make it on the main thread, early.
+
+    Under our launcher SIGINT comes held back: the launcher alone answers Ctrl-C, and neither
+    this process nor a compiler that it starts may die of the terminal's own.
+    """
 
     def __init__(self) -> None:
         self._is_requested = False
         self._num_interrupts = 0
-        for signum in (signal.SIGTERM, signal.SIGHUP):
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        if signal.SIGINT in held_back:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for signum, handler in (
+            (signal.SIGTERM, self._ask),
+            (signal.SIGHUP, self._ask),
+            (signal.SIGINT, self._interrupt),
+        ):
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
-                signal.signal(signum, self._ask)
-        signal.signal(signal.SIGINT, self._interrupt)
+                signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def is_requested(self) -> bool:
         """Whether this process was asked to stop."""

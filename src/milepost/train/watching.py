@@ -7,6 +7,7 @@ from collections.abc import Callable
 from milepost.checkpoint.state import Progress
 from milepost.config.schema import Config
 from milepost.core.console import say
+from milepost.core.errors import UsageError
 from milepost.data.loader import sequential_rows
 from milepost.data.shards import PreparedData, ShardSet
 from milepost.distributed.world import World
@@ -48,8 +49,12 @@ def make_validation(
     config: Config,
     world: World,
     events: EventWriter | None,
+    stop_requested: Callable[[], bool],
 ) -> Callable[[Progress], None]:
-    """The periodic validation; every rank calls it, the main rank records it."""
+    """The periodic validation; every rank calls it, the main rank records it.
+
+    Where a stop is asked for it is given up; the next segment makes up for it.
+    """
 
     def run_validation(progress: Progress) -> None:
         result = validate(
@@ -59,8 +64,9 @@ def make_validation(
             compute_dtype=DTYPES[config.train.precision],
             chunk_rows=LOSS_CHUNK_ROWS,
             world=world,
+            stop_requested=stop_requested,
         )
-        if events is None:
+        if events is None or result is None:
             return
         events.append(
             "validation",
@@ -85,7 +91,20 @@ def make_sampling(
     layout: RunLayout,
     events: EventWriter,
 ) -> Callable[[Progress], None]:
-    """The periodic completions of the recipe's prompts; the main rank's work."""
+    """The periodic completions of the recipe's prompts; the main rank's work.
+
+    Raises:
+        UsageError: a prompt leaves no room in the context.
+    """
+    context = config.model.max_position_embeddings
+    for prompt in config.samples.prompts:
+        num_tokens = 1 + len(tokenizer.encode(prompt))  # the end-of-text token stands before it
+        if num_tokens >= context:
+            raise UsageError(
+                f"samples.prompts: {prompt[:40]!r} takes {num_tokens} tokens, the context "
+                f"(model.max_position_embeddings) has {context}",
+                hint="shorten the prompt",
+            )
 
     def run_sampling(progress: Progress) -> None:
         records = record_samples(

@@ -16,6 +16,7 @@ from milepost.core.errors import CheckpointError
 from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
+from milepost.runs.overrides import config_with_overrides
 from milepost.runs.records import read_samples
 from milepost.trajectory.fields import finite, whole
 from milepost.trajectory.segments import Segment, segments_of
@@ -138,6 +139,9 @@ def collect(run: Path) -> Trajectory:
     layout = RunLayout(run)
     manifest = read_run_manifest(layout)
     history, num_foreign = _known_events(read_history(layout.events), path=layout.events)
+    # What the run is made of now: a page that showed the first recipe would describe another run.
+    config = config_with_overrides(manifest.config, history=history)
+    manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
     bad = {
         layout.events.name: history.num_bad_lines + num_foreign,

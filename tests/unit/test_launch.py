@@ -1,0 +1,253 @@
+"""The launcher and what stands around it: stops, exit codes, devices, words, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import milepost
+from milepost.cli.main import run
+from milepost.core.environment import code_version
+from milepost.core.errors import UsageError
+from milepost.distributed import launch as launch_module
+from milepost.distributed.devices import count_gpus
+from milepost.distributed.launch import _exit_code, launch
+from milepost.distributed.place import Place
+from milepost.distributed.stop_requests import STOP_SIGNALS, StopRequests, held_back_stops
+from milepost.experiments.segment_process import SegmentFailed, _NewSteps, run_segment
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "said"),
+    [
+        ({0: 0, 1: 0}, 0, ""),
+        ({1: 75, 0: 75}, 75, ""),
+        ({1: 1, 0: -9}, 1, "rank 0 was ended by SIGKILL"),
+        ({0: 1, 1: -11}, 1, "rank 1 was ended by SIGSEGV"),
+        ({0: 1, 1: -40}, 1, "rank 1 was ended by signal 40"),
+        ({1: 1, 0: 3}, 3, ""),
+        ({1: 75, 0: 7}, 7, ""),  # the main rank could not save what the other believes saved
+        ({1: 75, 0: -9}, 1, "rank 0 was ended by SIGKILL"),
+        ({1: 75, 0: 1}, 1, ""),
+        ({0: 75, 1: 1}, 75, ""),
+    ],
+)
+def test_the_exit_code_is_that_of_the_rank_that_knows_why(
+    codes: dict[int, int], expected: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(codes) == expected
+    talk = capsys.readouterr().err
+    assert said in talk if said else talk == ""
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_stop_before_there_are_ranks_ends_with_75_and_starts_none(
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_module.subprocess, "Popen", None)
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    with StopRequests() as stops:
+        os.kill(os.getpid(), signum)
+        assert launch(["doctor"], ranks=2, on_gpus=False, stops=stops) == 75
+    assert {s: signal.getsignal(s) for s in STOP_SIGNALS} == before
+    assert "stopped on request" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_before_there_are_ranks_leaves_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequests():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_respected() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as stops:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stops.is_requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+RANK = """
+import signal, sys
+sys.stdin.read()
+from milepost.train.stop import StopSignal
+stop = StopSignal()
+signal.raise_signal(signal.SIGINT)
+print(stop.is_requested(), signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+      len(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_requested"),
+    [([], False), ([signal.SIGINT] * 2, False), ([signal.SIGTERM], True), ([signal.SIGHUP], True)],
+)
+def test_a_rank_that_still_starts_loses_no_stop_and_leaves_ctrl_c_to_the_launcher(
+    sent: list[int], is_requested: bool
+) -> None:
+    with held_back_stops():
+        rank = subprocess.Popen(
+            [sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    for signum in sent:
+        rank.send_signal(signum)
+    answer, _ = rank.communicate("", timeout=30)
+    assert answer.split() == [str(is_requested), "True", "0"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
+def test_a_process_of_its_own_answers_ctrl_c_itself() -> None:
+    alone = subprocess.run(
+        [sys.executable, "-c", RANK], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert alone.stdout.split() == ["True", "False", "0"]
+
+
+@pytest.mark.parametrize(
+    ("message", "is_loss"),
+    [
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:2301", True),
+        ("Read error [127.0.0.1]:2301: Connection reset by peer", True),
+        ("gloo: tensors must have the same dtype", False),
+        ("NCCL error: unhandled cuda error, out of memory", False),
+        ("ProcessGroupGloo: invalid tensor size at index 0", False),
+    ],
+)
+def test_only_a_closed_connection_is_the_loss_of_a_peer(message: str, is_loss: bool) -> None:
+    from milepost.distributed.world import _is_loss_of_a_peer
+
+    assert _is_loss_of_a_peer(RuntimeError(message)) is is_loss
+
+
+def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="cannot use the 2 GPUs") as error:
+        count_gpus()
+    assert "driver" in str(error.value.hint)
+    from milepost.distributed.world import join_world
+
+    place = Place(rank=0, size=1, local_rank=0, started_by="torchrun")
+    with pytest.raises(UsageError, match="cannot use"), join_world(place, device_type="cpu"):
+        pass
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from milepost.distributed.world import join_world
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place = Place(rank=3, size=4, local_rank=3, started_by="torchrun")
+    with pytest.raises(UsageError, match="rank 3 needs GPU 3, this machine has 2"):
+        with join_world(place, device_type="cuda"):
+            pass
+
+
+def test_the_ranks_get_the_words_that_run_was_given(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch_module, "launch", lambda words, **_: given.append(list(words)) or 75)
+    words = ["train", "demo", "--debug", "--run", str(tmp_path)]
+    words += ["--data.path", str(tiny_data), "--model.vocab_size", "512"]
+    assert run(words) == 75
+    assert given == [words]
+
+
+@pytest.mark.parametrize(
+    ("slip", "hint"),
+    [
+        ("--rnaks", "did you mean --ranks?"),
+        ("--overide", "did you mean --override?"),
+        ("--lane", "did you mean --train.lanes?"),
+        ("--every", "overrides look like --section.key VALUE"),
+    ],
+)
+def test_a_slip_of_the_pen_in_an_option_brings_the_nearest(
+    slip: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "demo", "--run", "nowhere", slip, "2"]) == 2
+    talk = capsys.readouterr().err
+    assert f"unexpected argument '{slip}'" in talk
+    assert f"hint: {hint}" in talk
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("place", ["src/milepost", ".venv/lib/site-packages/milepost"])
+def test_a_commit_is_named_only_of_milepost_s_own_checkout(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / place / "__init__.py"
+    code.parent.mkdir(parents=True)
+    code.write_text("")
+    (tmp_path / "pyproject.toml").write_text("")
+    git(tmp_path, "init")
+    git(tmp_path, "add", "-f", ".")
+    git(tmp_path, "commit", "-m", "all")
+    monkeypatch.setattr(milepost, "__file__", str(code))
+    clean = code_version()
+    code.write_text("changed")
+    if place == "src/milepost":
+        assert clean.startswith(f"{milepost.__version__}+")
+        assert code_version() == f"{clean}-dirty"
+    else:
+        assert clean == code_version() == milepost.__version__
+
+
+def test_steps_are_read_once_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    def append(text: str) -> None:
+        with path.open("a") as file:
+            file.write(text)
+
+    assert _NewSteps(path).read() == []
+    append('{"kind": "step", "step": 1}\n{"kind": "st')
+    steps = _NewSteps(path)
+    append('\n{"kind": "step", "step": 2}\n{"kind": "validation"}\n[1]\nnot json\n{"kind": "step",')
+    assert [event["step"] for event in steps.read()] == [2]
+    assert steps.read() == []
+    append(json.dumps({"step": 3})[1:] + "\n")
+    assert [event["step"] for event in steps.read()] == [3]
+
+
+def test_a_failed_segment_carries_the_trainings_exit_code(tmp_path: Path) -> None:
+    words = ["train", "no-such-recipe", "--run", str(tmp_path)]
+    with pytest.raises(SegmentFailed, match="there is no recipe") as error:
+        run_segment(words, run=tmp_path, on_step=lambda event: None, kill_when=lambda event: False)
+    assert error.value.exit_code == 2
+
+
+def test_a_segment_gets_the_environment_it_is_given(tmp_path: Path) -> None:
+    words = ["train", "demo", "--run", str(tmp_path)]
+    with pytest.raises(SegmentFailed, match="must be numbers"):
+        run_segment(
+            words,
+            run=tmp_path,
+            on_step=lambda event: None,
+            kill_when=lambda event: False,
+            environment={"RANK": "first", "WORLD_SIZE": "1"},
+        )
