@@ -29,7 +29,7 @@ from milepost.runs.records import SampleRecord
 from milepost.trajectory.report import write_report
 
 RECIPE = "demo"
-PROMPT = "Fellow citizens of the Senate and House of Representatives:"
+PROMPT = "The relations of the United States with"
 STEPS_AFTER_CHECKPOINT = 23
 """The kill comes so many steps after a checkpoint, so that there is something to compare."""
 
@@ -199,7 +199,7 @@ def _sample(run: Path, *, seed: int) -> list[SampleRecord]:
             step=step,
             path=layout.samples,
             max_new_tokens=SAMPLE_TOKENS,
-            temperature=0.6,
+            temperature=0.7,
             top_k=40,
             seed=seed,
         )

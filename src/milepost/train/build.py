@@ -121,28 +121,18 @@ def build(
     config = agreement.config
     tokenizer = data.tokenizer()
     model, optimizer, progress = _model_to_train(agreement, world=world)
-    events = opened.events if opened is not None else None
-    periodic: list[Periodic] = []
-    if data.validation is not None:
-        rows = open_validation_set(data.validation, config=config, data=data, tokenizer=tokenizer)
-        action = make_validation(
-            model,
-            rows=rows,
-            config=config,
-            world=world,
-            events=events,
-            stop_requested=stop_requested,
-        )
-        is_missing = "validation" in agreement.missing
-        periodic.append(Periodic(config.validation.every_steps, action, at_start=is_missing))
+    periodic = _watching(
+        agreement,
+        model=model,
+        tokenizer=tokenizer,
+        layout=layout,
+        data=data,
+        opened=opened,
+        world=world,
+        stop_requested=stop_requested,
+    )
     save: Callable[[Progress], None] = _nothing
     if opened is not None:
-        if config.samples.every_steps is not None:
-            action = make_sampling(
-                model, tokenizer=tokenizer, config=config, layout=layout, events=opened.events
-            )
-            is_missing = "sample" in agreement.missing
-            periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
         save = Saver(
             layout=layout,
             run_id=opened.manifest.run_id,
@@ -176,7 +166,7 @@ def build(
         save=save,
         throughput=_throughput(config, world=world),
         replay=_replay_check(opened, restored_step=progress.step),
-        events=events,
+        events=opened.events if opened is not None else None,
         stop_requested=stop_requested,
     )
 
@@ -210,6 +200,41 @@ def _fitting_scale(progress: Progress, *, precision: str) -> Progress:
     if progress.loss_scale == 1.0 and progress.steps_at_scale == 0:  # not yet float16
         return replace(progress, loss_scale=FIRST_LOSS_SCALE, steps_at_scale=0)
     return progress
+
+
+def _watching(
+    agreement: Agreement,
+    *,
+    model: Llama,
+    tokenizer: Tokenizer,
+    layout: RunLayout,
+    data: PreparedData,
+    opened: OpenedRun | None,
+    world: World,
+    stop_requested: Callable[[], bool],
+) -> list[Periodic]:
+    """Validation on every rank, then samples on the main rank."""
+    config = agreement.config
+    periodic: list[Periodic] = []
+    if data.validation is not None:
+        rows = open_validation_set(data.validation, config=config, data=data, tokenizer=tokenizer)
+        action = make_validation(
+            model,
+            rows=rows,
+            config=config,
+            world=world,
+            events=opened.events if opened is not None else None,
+            stop_requested=stop_requested,
+        )
+        is_missing = "validation" in agreement.missing
+        periodic.append(Periodic(config.validation.every_steps, action, at_start=is_missing))
+    if opened is not None and config.samples.every_steps is not None:
+        action = make_sampling(
+            model, tokenizer=tokenizer, config=config, layout=layout, events=opened.events
+        )
+        is_missing = "sample" in agreement.missing
+        periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
+    return periodic
 
 
 def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayCheck:
