@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Whoever runs the tests may ignore these (nohup, a job in the background), and what is ignored
+# here would be ignored by every process that a test starts and stops.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -33,6 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "long" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_training_left_behind() -> Iterator[None]:
+    """Ends trainings that a failed test did not."""
+    yield
+    from tests.training import kill_started
+
+    kill_started()
 
 
 @pytest.fixture(scope="session")

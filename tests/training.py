@@ -83,7 +83,7 @@ def train(
 
 def start(recipe: Path, run: Path, data: Path, *more: str) -> subprocess.Popen[str]:
     """Starts a segment in a process group of its own."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(recipe, run, data, *more),
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -91,6 +91,19 @@ def start(recipe: Path, run: Path, data: Path, *more: str) -> subprocess.Popen[s
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+def kill_started() -> None:
+    """Ends every process group of `start` that is still there."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            kill_group(process)
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

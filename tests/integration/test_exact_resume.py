@@ -96,13 +96,18 @@ def test_kills_at_random_moments_lose_no_bit(
     recipe: Path, tiny_data: Path, undisturbed: Path, tmp_path: Path, seed: int
 ) -> None:
     run, source = tmp_path / "run", random.Random(seed)
-    for _ in range(4):
+    for number in range(4):
         process = start(recipe, run, tiny_data, "--ranks", str(source.choice([1, 2])))
-        time.sleep(source.uniform(0.5, 5.0))
+        if number % 2 == 0:  # some kills come while it trains or saves, others wherever
+            wait_for_step(run, 5 * number + source.randint(1, 9))
+            time.sleep(source.uniform(0.0, 0.2))
+        else:
+            time.sleep(source.uniform(0.5, 5.0))
         if process.poll() is None:
             kill_group(process)
         else:
             process.communicate()
+    assert len(events(run, "segment_started")) >= 2
     result = train(recipe, run, tiny_data)
     assert result.returncode == 0, result.stderr
     assert_same_bits(run, undisturbed)
@@ -142,7 +147,7 @@ def test_a_second_interrupt_leaves_at_once_with_130(
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize(
     ("call", "when"),
-    [("rename", 3), ("fsync", 9)]
+    [("rename", 11), ("fsync", 9)]  # while old train state is dropped; in the first save
     + [
         pytest.param(call, when, marks=pytest.mark.long)
         for call in ("rename", "fsync", "unlink", "unlinkat")
@@ -157,12 +162,15 @@ def test_a_kill_inside_a_save_loses_no_bit(
     run = tmp_path / "run"
     inject = f"inject={call}:signal=SIGKILL:when={when}"
     traced = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject]
-    subprocess.run(
+    killed = subprocess.run(
         [*traced, *command(recipe, run, tiny_data, "--ranks", "1")],
         env=environment(),
         capture_output=True,
+        text=True,
         timeout=120,
     )
+    if (call, when) in (("rename", 11), ("fsync", 9)):
+        assert "was ended by SIGKILL" in killed.stderr
     result = train(recipe, run, tiny_data, "--ranks", "1")
     assert result.returncode == 0, result.stderr
     assert_same_bits(run, undisturbed)
