@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from milepost.core.errors import MilepostError
+from milepost.core.errors import MilepostError, StopRequested
 
 OPTIONS = ("run", "ranks", "override", "json", "debug")
 """What `train` takes beside overrides, for the hint after a slip of the pen."""
@@ -73,7 +73,7 @@ def train(
 
         show_json(summary)
     if summary is not None and summary["status"] == "stopped" and place.started_by == "milepost":
-        raise ChildFailed(75)
+        raise ChildFailed(StopRequested.exit_code)
 
 
 def _launch(
