@@ -10,7 +10,7 @@ from typing import Any
 from milepost.core.console import say
 from milepost.core.environment import code_version
 from milepost.core.errors import DataError, UsageError
-from milepost.core.files import storage_errors, write_atomically, write_json
+from milepost.core.files import sha256_of_json, storage_errors, write_atomically, write_json
 from milepost.data.assemble import Assembled, assemble
 from milepost.data.blocks import Unit, make_units, read_blocks
 from milepost.data.document import RawDocument
@@ -84,7 +84,7 @@ class Preparation:
         for name, content in tokenizer.files().items():
             write_atomically(self.out / TOKENIZER_FOLDER / name, content)
         manifest = self._manifest(tokenizer, settings, assembled)
-        write_json(self.out / MANIFEST, manifest)
+        write_json(self.out / MANIFEST, manifest | {"sha256": sha256_of_json(manifest)})
         return manifest
 
     def _units(self) -> list[Unit]:

@@ -160,10 +160,11 @@ class ShardSet:
             while size and (part := os.pread(descriptor, size, place)):
                 parts.append(part)
                 size, place = size - len(part), place + len(part)
+            end = os.fstat(descriptor).st_size
         except OSError as error:
             raise _damaged(path, f"cannot be read ({error.strerror})") from error
         if size:
-            raise _damaged(path, f"ends at byte {place}, not at {file.size_bytes}")
+            raise _damaged(path, f"ends at byte {end}, not at {file.size_bytes}")
         return b"".join(parts)
 
     def _open(self, path: Path) -> int:
@@ -237,8 +238,11 @@ class ShardSet:
             verify_file(shard.documents, folder=self.folder)
             raw = shard.offsets.path(self.folder).read_bytes()
             offsets = np.frombuffer(raw, dtype=OFFSET_DTYPE).astype(np.int64)
-            text = shard.documents.path(self.folder).read_bytes()
-            lines = [json.loads(line) for line in text.splitlines()]
+            path = shard.documents.path(self.folder)
+            try:
+                lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+            except (ValueError, RecursionError) as error:
+                raise _damaged(path, f"is not JSON lines ({error})") from error
             self._documents = {number: (offsets, lines)}  # one at a time: they may be large
         return self._documents[number]
 
@@ -327,6 +331,9 @@ def open_prepared(folder: Path) -> PreparedData:
             f"{path} has schema version {values.get('v')}, this program reads {SCHEMA_VERSION}",
             hint="prepare the data again, or use the version of Milepost that wrote it",
         )
+    seal = values.pop("sha256", None)  # data of the first versions has none
+    if seal is not None and seal != sha256_of_json(values):
+        raise DataError(f"{path} is damaged: it does not match its hash", hint=_PREPARE_AGAIN)
     try:
         return _prepared(folder, values)
     except (KeyError, TypeError, AttributeError) as error:
@@ -360,6 +367,16 @@ def _shard_set(folder: Path, values: dict[str, Any], split: dict[str, Any]) -> S
     names = [f.name for s in shards for f in (s.tokens, s.offsets, s.documents)]
     if any("/" in name or name.startswith(".") for name in names):
         raise DataError(f"{folder / MANIFEST} names a file outside its folder")
+    for shard in shards:
+        for file, num_bytes in (
+            (shard.tokens, shard.num_tokens * DTYPES[dtype].itemsize),
+            (shard.offsets, (shard.num_documents + 1) * OFFSET_DTYPE.itemsize),
+        ):
+            if file.size_bytes != num_bytes:
+                raise DataError(
+                    f"{folder / MANIFEST}: the size of {file.name} does not match its counts",
+                    hint=_PREPARE_AGAIN,
+                )
     sources = [source["name"] for source in values["sources"]]
     return ShardSet(folder, shards=shards, dtype=dtype, fingerprint=fingerprint, sources=sources)
 
