@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from on_gpu import contender, llama_124m, parity, peers, resume, step, tests
+from on_gpu import certificate, contender, evaluate, llama_124m, parity, peers, resume, step, tests
 from on_gpu.setting import add_shared_arguments, has_gpu
 
 from milepost.core.console import say, say_error
@@ -20,6 +20,8 @@ QUESTIONS = {
     "tests": tests,
     "step": step,
     "resume": resume,
+    "certificate": certificate,
+    "evaluate": evaluate,
     "parity": parity,
     "peers": peers,
     "contender": contender,

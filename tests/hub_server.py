@@ -97,6 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
             api,
             f"{api}/revision/main",
             f"{api}/revision/v1.0",
+            f"{api}/revision/refs/convert/parquet",
             f"{api}/revision/{COMMIT}",
         ):
             self._json({"id": hub.repository, "sha": COMMIT, "siblings": [], "tags": []})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.config.recipe import load_recipe
+from milepost.core.files import append_json_line
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, write_run_manifest
@@ -125,6 +126,35 @@ class MadeRun:
             )
             append_sample(self.layout.samples, record)
             self.append("sample", step=step, sample_id=record.sample_id)
+
+    def evaluate(self, step: int, benchmark: str, *, acc: float, **fields: Any) -> None:
+        """A record of evaluations.jsonl; acc_norm is a tenth higher where the set has it."""
+        n = fields.get("n", 1000)
+        metrics = {"acc": {"value": acc, "stderr": math.sqrt(acc * (1 - acc) / (n - 1))}}
+        if benchmark not in ("boolq", "boolq_reasoned", "winogrande"):
+            metrics["acc_norm"] = {"value": 1.1 * acc, "stderr": 0.015}
+        usual = {
+            "v": 1,
+            "key": hashlib.sha256(f"{step} {benchmark}".encode()).hexdigest(),
+            "checkpoint_sha256": hashlib.sha256(f"checkpoint {step}".encode()).hexdigest(),
+            "step": step,
+            "tokens_seen": step * BATCH_TOKENS,
+            "benchmark": benchmark,
+            "protocol": f"{benchmark}-1",
+            "num_fewshot": 0,
+            "limit": None,
+            "data_sha256": hashlib.sha256(benchmark.encode()).hexdigest(),
+            "dtype": "float32",
+            "device": "cpu",
+            "n": n,
+            "metrics": metrics,
+            "chance": 0.5 if benchmark.startswith(("boolq", "piqa", "winogrande")) else 0.25,
+            "majority": 0.6217 if benchmark.startswith("boolq") else 0.268,
+            "num_truncated": 0,
+            "items": f"items/{step}-{benchmark}.jsonl.gz",
+            "seconds": 12.5,
+        }
+        append_json_line(self.layout.evaluations, usual | fields)
 
     def replay(self, first: int, last: int, *, differing: tuple[int, ...] = ()) -> None:
         """What a resumed segment says when it has caught up."""

@@ -60,11 +60,15 @@ def tiny_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_model_folder(
-    folder: Path, model: Llama, *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    model: Llama,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
 ) -> Tokenizer:
-    """A Hugging Face model folder as a checkpoint holds it."""
+    """A Hugging Face model folder as a checkpoint holds it, by default with the tiny tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_tokenizer(folder)
+    tokenizer = tokenizer or tiny_tokenizer(folder)
     end, name = tokenizer.end_of_text_id, str(dtype).removeprefix("torch.")
     config = hf_config(model.config, end_of_text_id=end, dtype=name)
     (folder / "config.json").write_text(json.dumps(config))

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from milepost.core.files import (
     storage_errors,
     system_error,
     write_atomically,
+    write_json,
 )
 
 
@@ -27,15 +29,36 @@ from milepost.core.files import (
 def test_a_file_that_cannot_be_read_says_nothing_of_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(path: Path) -> bytes:
+    def fail(*arguments: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StorageError) as caught:
         read_json(tmp_path / "manifest.json", error=CheckpointError)
     expected = f"cannot read {tmp_path / 'manifest.json'}: {os.strerror(number).lower()}"
     assert caught.value.message == expected
     assert ("ulimit -n" in str(caught.value.hint)) == (number == errno.EMFILE)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_said_and_not_waited_for(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "log")
+    expected = f"cannot read {tmp_path / 'log'}: it is not a regular file"
+    with pytest.raises(StorageError) as caught:
+        read_json(tmp_path / "log", error=CheckpointError)
+    assert caught.value.message == expected
+    with pytest.raises(StorageError) as caught:
+        read_json_lines(tmp_path / "log")
+    assert caught.value.message == expected
+
+
+def test_names_that_are_not_utf8_are_written_as_json_escapes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"run-\xff")
+    write_json(tmp_path / "a.json", {"name": name})
+    assert read_json(tmp_path / "a.json", error=CheckpointError) == {"name": name}
 
 
 def test_a_missing_or_torn_json_file_is_damage(tmp_path: Path) -> None:

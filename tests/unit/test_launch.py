@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 import milepost
 from milepost.cli.main import run
 from milepost.core.environment import code_version
-from milepost.core.errors import UsageError
+from milepost.core.errors import StorageError, UsageError
 from milepost.distributed import launch as launch_module
 from milepost.distributed.devices import count_gpus
 from milepost.distributed.launch import _exit_code, launch
+from milepost.distributed.meeting_place import PREFIX, meeting_place
 from milepost.distributed.place import Place
 from milepost.distributed.stop_requests import STOP_SIGNALS, StopRequests, held_back_stops
 from milepost.experiments.segment_process import SegmentFailed, _NewSteps, run_segment
@@ -77,21 +79,22 @@ def test_nohup_is_respected() -> None:
 
 
 RANK = """
-import signal, sys
+import signal, subprocess, sys
 sys.stdin.read()
 from milepost.train.stop import StopSignal
 stop = StopSignal()
 signal.raise_signal(signal.SIGINT)
-print(stop.is_requested(), signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-      len(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+started = subprocess.run(["grep", "SigBlk", "/proc/self/status"], capture_output=True)
+print(stop.is_requested(), int(started.stdout.split()[1], 16))
 """
+HELD_BACK = sum(1 << (signum - 1) for signum in STOP_SIGNALS)
 
 
 @pytest.mark.parametrize(
     ("sent", "is_requested"),
     [([], False), ([signal.SIGINT] * 2, False), ([signal.SIGTERM], True), ([signal.SIGHUP], True)],
 )
-def test_a_rank_that_still_starts_loses_no_stop_and_leaves_ctrl_c_to_the_launcher(
+def test_a_rank_loses_no_stop_and_what_it_starts_survives_one(
     sent: list[int], is_requested: bool
 ) -> None:
     with held_back_stops():
@@ -101,15 +104,56 @@ def test_a_rank_that_still_starts_loses_no_stop_and_leaves_ctrl_c_to_the_launche
     for signum in sent:
         rank.send_signal(signum)
     answer, _ = rank.communicate("", timeout=30)
-    assert answer.split() == [str(is_requested), "True", "0"]
+    assert answer.split() == [str(is_requested), str(HELD_BACK)]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
+def test_a_rank_of_a_launcher_that_ignores_hangups_ignores_them_too() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with held_back_stops():
+            rank = subprocess.Popen(
+                [sys.executable, "-c", RANK],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        rank.send_signal(signal.SIGHUP)
+        answer, _ = rank.communicate("", timeout=30)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert answer.split()[0] == "False"
 
 
 def test_a_process_of_its_own_answers_ctrl_c_itself() -> None:
     alone = subprocess.run(
         [sys.executable, "-c", RANK], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
-    assert alone.stdout.split() == ["True", "False", "0"]
+    assert alone.stdout.split() == ["True", "0"]
+
+
+def test_folders_of_dead_launchers_go_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, foreign = tmp_path / f"{PREFIX}dead", tmp_path / "milepost-notes"
+    for folder in (dead, foreign):
+        folder.mkdir()
+        (folder / "rendezvous").touch()
+    with meeting_place() as living:
+        assert sorted(tmp_path.iterdir()) == sorted([living, foreign])
+        with meeting_place() as other:
+            assert sorted(tmp_path.iterdir()) == sorted([living, other, foreign])
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_no_room_for_temporary_files_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/gone"), meeting_place():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -143,8 +187,9 @@ def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(
     from milepost.distributed.world import join_world
 
     place = Place(rank=0, size=1, local_rank=0, started_by="torchrun")
-    with pytest.raises(UsageError, match="cannot use"), join_world(place, device_type="cpu"):
-        pass
+    with pytest.raises(UsageError, match="cannot use"):
+        with join_world(place, device_type="cpu", timeout_seconds=600):
+            pass
 
 
 def test_more_processes_than_gpus_are_refused_with_both_numbers(
@@ -157,7 +202,7 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     place = Place(rank=3, size=4, local_rank=3, started_by="torchrun")
     with pytest.raises(UsageError, match="rank 3 needs GPU 3, this machine has 2"):
-        with join_world(place, device_type="cuda"):
+        with join_world(place, device_type="cuda", timeout_seconds=600):
             pass
 
 

@@ -25,6 +25,7 @@ from milepost.planner.memory import (
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
+    save_copy_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +118,14 @@ def test_a_restart_holds_the_model_and_a_train_state_in_the_hosts_memory() -> No
     assert host_bytes(recipe("dmas-1.7b")) == 16 * DMAS_PARAMETERS
 
 
+@pytest.mark.parametrize(("weights_dtype", "num_bytes"), [("float32", 12), ("bfloat16", 14)])
+def test_saves_keep_a_copy_of_the_train_state_in_the_hosts_memory(
+    weights_dtype: str, num_bytes: int
+) -> None:
+    config = recipe("dmas-1.7b", "--checkpoint.weights_dtype", weights_dtype)
+    assert save_copy_bytes(config) == num_bytes * DMAS_PARAMETERS
+
+
 def test_the_total_is_the_sum_of_the_parts() -> None:
     memory = estimate_memory(recipe("demo"))
     parts = [memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes]
@@ -144,7 +153,9 @@ def test_disk_follows_the_retention() -> None:
     assert (disk.num_checkpoints, disk.num_train_states) == (435, 2)
     assert disk.train_state_bytes == 12 * DMAS_PARAMETERS
     assert disk.weights_bytes - 2 * DMAS_PARAMETERS < 10 << 20
-    assert disk.run_bytes == 435 * disk.weights_bytes + 2 * disk.train_state_bytes
+    always_bytes = 435 * disk.weights_bytes + disk.history_bytes
+    assert disk.run_bytes == always_bytes + 2 * disk.train_state_bytes
+    assert disk.peak_bytes == always_bytes + 3 * disk.train_state_bytes
     assert disk.data_bytes == 2 * 43_500 * 524_288
     more = estimate_disk(recipe("dmas-1.7b", "--checkpoint.keep_train_state_every_steps", "10000"))
     assert more.num_train_states == 2 + 4

@@ -1,89 +1,33 @@
-"""Preparing data: every kind of source, bad input, and what a second call does."""
+"""Preparing data: every kind of source, what is held out, and what a second call does."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from milepost.core.errors import DataError, MilepostError, RunInUseError, UsageError
+from milepost.core.errors import DataError, RunInUseError, UsageError
 from milepost.core.files import exclusive_lock
 from milepost.data import blocks, document
-from milepost.data.prepare import PrepareSummary, prepare
+from milepost.data.prepare import prepare
 from milepost.data.shards import PreparedData, open_prepared
+from tests.sources import (
+    TEXTS,
+    content_of,
+    lines_of,
+    numbered,
+    run,
+    texts_of,
+    write_gzip,
+    write_jsonl,
+    write_parquet,
+    write_zstd,
+)
 
-TEXTS = ["First text.", "Second text, with “quotes”.\r\nAnd lines.", "Third <|endoftext|> text"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    """These tests lose no power; a hundred small folders would wait for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-def run(source: Path, out: Path, **options: Any) -> PrepareSummary:
-    return prepare([source], out=out, **({"tokenizer": "gpt2"} | options))
-
-
-def texts_of(out: Path) -> list[str]:
-    """The texts, cut at the control token and not where a text only looks like it."""
-    data = open_prepared(out)
-    tokenizer = data.tokenizer()
-    documents = data.train.documents_between(0, data.train.num_tokens)
-    ids = [data.train.read(d.start, d.end - d.start).tolist() for d in documents]
-    assert all(i[0] == data.end_of_text_id and data.end_of_text_id not in i[1:] for i in ids)
-    return [tokenizer.decode(i[1:]) for i in ids]
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name != ".lock"}
-
-
-def lines_of(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-
-
-def write_jsonl(path: Path) -> None:
-    path.write_bytes(lines_of(TEXTS))
-
-
-def write_gzip(path: Path) -> None:
-    members = [gzip.compress(lines_of(TEXTS[:1])), gzip.compress(lines_of(TEXTS[1:]))]
-    path.write_bytes(b"".join(members))
-
-
-def write_zstd(path: Path) -> None:
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(lines_of(TEXTS[:2]))
-    first = path.read_bytes()
-    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(lines_of(TEXTS[2:]))
-    path.write_bytes(first + path.read_bytes())
-
-
-def write_parquet(path: Path) -> None:
-    """The columns of FineWeb-Edu."""
-    table = pyarrow.table(
-        {
-            "text": TEXTS,
-            "id": ["<urn:uuid:1>", "<urn:uuid:2>", "<urn:uuid:3>"],
-            "dump": ["CC-MAIN-2024-10"] * 3,
-            "url": ["http://example.org"] * 3,
-            "score": [3.1, 2.9, 4.0],
-            "token_count": [3, 9, 10],
-        }
-    )
-    pyarrow.parquet.write_table(table, path, row_group_size=2)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.mark.parametrize(
@@ -135,57 +79,6 @@ def test_byte_order_marks_line_ends_and_blank_lines_are_no_part_of_the_text(
     assert lines == [1, 4, 6, 1]
 
 
-BAD_LINES = {
-    "not-utf8": (b'{"text": "caf\xe9"}', "not_utf8", "is not UTF-8: byte 0xe9 at byte 13"),
-    "not-json": (b"{text: 1}", "not_json", "is not JSON: Expecting property name"),
-    "torn": (b'{"text": "abc', "not_json", "is not JSON: Unterminated string"),
-    "nan": (b'{"text": "a", "score": NaN}', "not_json", "NaN is not a JSON number"),
-    "list": (b'["text"]', "not_an_object", "is JSON of type list, not an object"),
-    "null": (b"null", "not_an_object", "is JSON of type NoneType, not an object"),
-    "missing": (b'{"txt": "a"}', "text_missing", "has no text in field 'text'"),
-    "null-text": (b'{"text": null}', "text_missing", "has no text in field 'text'"),
-    "number": (b'{"text": 5}', "text_not_a_string", "field 'text' is of type int, not text"),
-    "nested": (b"[" * 100_000, "not_json", "is nested too deep"),
-    "nested-object": (b'{"text":' * 100_000, "not_json", "is nested too deep"),
-    "huge-number": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not_json", "is not JSON"),
-    "surrogate": (b'{"text": "ab\\ud800"}', "lone_surrogate", "lone surrogate) at character 2"),
-    "nul": (b'{"text": "a\\u0000b"}', "nul_character", "holds a NUL character at character 1"),
-    "raw-nul": (b'{"text": "a\x00b"}', "not_json", "is not JSON: Invalid control character"),
-    "twice": (b'{"text": "a", "text": "b"}', "duplicate_key", "field 'text' stands twice"),
-}
-
-
-@pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_line_is_named_or_dropped_and_counted(
-    tmp_path: Path, line: bytes, reason: str, message: str
-) -> None:
-    source = tmp_path / "bad.jsonl"
-    good = lines_of(TEXTS)
-    source.write_bytes(good + line + b"\n" + good + line + b"\n")
-    with pytest.raises(DataError) as caught:
-        run(source, tmp_path / "out")
-    assert caught.value.message.startswith(f"{source}:4: ")
-    assert message in caught.value.message
-    assert "--skip-bad" in str(caught.value.hint)
-    with pytest.raises(DataError, match="holds no prepared data"):
-        open_prepared(tmp_path / "out")
-    summary = run(source, tmp_path / "out", skip_bad=True)
-    assert summary.dropped == {reason: 2}
-    assert texts_of(tmp_path / "out") == TEXTS + TEXTS
-    listed = [json.loads(x) for x in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert [(d["file"], d["line"], d["reason"]) for d in listed] == [
-        (str(source), 4, reason),
-        (str(source), 8, reason),
-    ]
-
-
-def test_the_word_text_elsewhere_in_an_object_is_not_twice(tmp_path: Path) -> None:
-    line = {"text": 'has "text" in it', "meta": {"text": "x"}, "list": [{"text": 1}]}
-    (tmp_path / "a.jsonl").write_text(json.dumps(line))
-    run(tmp_path / "a.jsonl", tmp_path / "out")
-    assert texts_of(tmp_path / "out") == ['has "text" in it']
-
-
 def test_empty_texts_are_dropped_and_counted_without_being_asked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["", "one", ""]))
     (tmp_path / "b.txt").write_text("")
@@ -200,31 +93,6 @@ def test_another_text_field_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"content": "one", "text": 3}')
     run(tmp_path / "a.jsonl", tmp_path / "out", text_field="content")
     assert texts_of(tmp_path / "out") == ["one"]
-
-
-@pytest.mark.parametrize("size", [39, 40, 41, 500])
-def test_a_line_above_the_limit_is_refused_in_bounded_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    """The limit is lowered to 40 bytes, read 16 at a time."""
-    for module in (document, blocks):
-        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 40)
-    monkeypatch.setattr(blocks, "READ_BYTES", 16)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
-    source = tmp_path / "long.jsonl"
-    long_line = b'{"text": "' + b"x" * (size - 12) + b'"}'
-    good = b'{"text": "good"}\n'
-    for content in (good * 3 + long_line + b"\n" + good, good * 3 + long_line):
-        source.write_bytes(content)
-        out = tmp_path / f"out{len(content)}"
-        is_too_long = size > 40
-        if is_too_long:
-            with pytest.raises(DataError, match=r"long.jsonl:4: is longer than"):
-                run(source, out)
-        summary = run(source, out, skip_bad=True)
-        assert summary.dropped == ({"too_long": 1} if is_too_long else {})
-        assert texts_of(out).count("good") == content.count(b"good")
-        assert open_prepared(out).train.document_at(0).line == 1
 
 
 @pytest.mark.parametrize("block_bytes", [1, 30, 64, 10**6])
@@ -246,102 +114,6 @@ def test_where_blocks_are_cut_changes_no_document(
         if isinstance(item, document.RawDocument)
     ]
     assert found == list(zip([2, 3, 4, 7, 8, 9], TEXTS + TEXTS, strict=True))
-
-
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def spoil(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("texts.jsonl.gz", write_gzip),
-        ("texts.jsonl.zst", write_zstd),
-        ("texts.parquet", write_parquet),
-    ],
-)
-@pytest.mark.parametrize("damage", [cut_short, spoil])
-def test_a_damaged_file_is_named_or_left_where_the_damage_begins(
-    tmp_path: Path, name: str, write: Callable[[Path], None], damage: Callable[[Path], None]
-) -> None:
-    write_jsonl(tmp_path / "good.jsonl")
-    source = tmp_path / name
-    write(source)
-    damage(source)
-    with pytest.raises(DataError, match=rf"{name}:\d+: cannot be read"):
-        run(source, tmp_path / "out")
-    summary = prepare(
-        [tmp_path / "good.jsonl", source], out=tmp_path / "out", tokenizer="gpt2", skip_bad=True
-    )
-    assert summary.dropped["damaged_file"] == 1
-    assert texts_of(tmp_path / "out")[:3] == TEXTS
-
-
-def test_a_table_without_the_text_column_is_refused_with_its_columns(tmp_path: Path) -> None:
-    source = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", "b"], "id": [1, 2]}), source)
-    with pytest.raises(
-        DataError, match=r"has no column 'text'; its columns are body, id"
-    ) as caught:
-        run(source, tmp_path / "out")
-    assert "--text-field" in str(caught.value.hint)
-    run(source, tmp_path / "out", text_field="body")
-    assert [d.name for d in open_prepared(tmp_path / "out").train.documents_between(0, 4)] == [
-        "1",
-        "2",
-    ]
-
-
-def test_bad_rows_of_a_table_are_counted_with_their_numbers(tmp_path: Path) -> None:
-    source = tmp_path / "a.parquet"
-    raw = pyarrow.array([b"good", b"caf\xe9", b"fine"], pyarrow.binary())
-    broken = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
-    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), source)
-    with pytest.raises(DataError, match=r"a.parquet:2: is not UTF-8: byte 0xe9 at byte 3"):
-        run(source, tmp_path / "out")
-    summary = run(source, tmp_path / "out", skip_bad=True)
-    assert summary.dropped == {"not_utf8": 1}
-    assert texts_of(tmp_path / "out") == ["good", "fine"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.jsonl", None, "there is no source"),
-        ("a.csv", b"x", "is of a kind that is not read"),
-        ("empty.jsonl", b"", "empty.jsonl:1: is empty"),
-        ("empty.txt", b"", "the sources hold no training document"),
-        ("blank.jsonl", b"\n\n", "the sources hold no training document"),
-    ],
-)
-def test_a_missing_or_empty_source_is_refused(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        run(tmp_path / name, tmp_path / "out")
-    with pytest.raises(DataError, match="holds no prepared data"):
-        open_prepared(tmp_path / "out")
-
-
-def test_a_folder_without_a_known_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.csv").write_text("x")
-    with pytest.raises(DataError, match="holds no file that is read") as caught:
-        run(tmp_path / "texts", tmp_path / "out")
-    assert ".jsonl.zst" in str(caught.value.hint)
-
-
-def numbered(path: Path, *, count: int = 60) -> Path:
-    path.write_bytes(lines_of([f"text number {number}" for number in range(count)]))
-    return path
 
 
 def test_the_validation_fraction_depends_on_the_texts_alone(tmp_path: Path) -> None:
@@ -402,12 +174,6 @@ def test_a_fraction_that_holds_nothing_out_is_refused(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="no document fell into the validation set"):
         run(source, tmp_path / "out", val_fraction=1e-9)
-
-
-def test_a_source_given_twice_is_refused(tmp_path: Path) -> None:
-    source = numbered(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match=r"a.jsonl is given twice"):
-        prepare([source, tmp_path], out=tmp_path / "out", tokenizer="gpt2")
 
 
 def test_a_tokenizer_is_trained_on_the_training_text_alone(tmp_path: Path) -> None:
@@ -487,16 +253,6 @@ def test_the_number_of_workers_changes_no_byte(
     for workers in (1, 3):
         run(tmp_path / "texts", tmp_path / f"out{workers}", val_fraction=0.1, workers=workers)
     assert content_of(tmp_path / "out1") == content_of(tmp_path / "out3")
-
-
-def test_a_worker_says_what_is_wrong_as_if_there_were_none(tmp_path: Path) -> None:
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(lines_of(TEXTS) + b"oops\n")
-    with pytest.raises(MilepostError) as caught:
-        run(source, tmp_path / "out", workers=2)
-    assert caught.value.exit_code == 3
-    assert caught.value.message.startswith(f"{source}:4: is not JSON")
-    assert "--skip-bad" in str(caught.value.hint)
 
 
 def test_ids_above_two_bytes_take_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

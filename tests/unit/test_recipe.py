@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from milepost.config.problems import ConfigError
-from milepost.config.recipe import load_recipe
-from milepost.core.errors import CheckpointError
+from milepost.config.recipe import config_from_toml, load_recipe
+from milepost.core.errors import CheckpointError, UsageError
 from milepost.core.files import sha256_of_json
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest, write_run_manifest
+from milepost.trajectory.provenance import recipe_toml
 
 
 @pytest.mark.parametrize("text", ["2024", "true", "1e3", "none", "[1]", "first", ""])
@@ -75,3 +76,14 @@ def test_an_edited_config_is_refused(tmp_path: Path) -> None:
     layout.manifest.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="the config does not match its hash"):
         read_run_manifest(layout)
+
+
+def test_a_recipe_unsets_a_field_with_none_and_the_written_one_is_the_same() -> None:
+    config = load_recipe("demo", overrides=["--optimizer.clip_grad_norm", "none"])
+    assert config.optimizer.clip_grad_norm is None
+    assert config_from_toml(recipe_toml(config), source="a written recipe") == config
+
+
+def test_none_is_a_text_where_a_field_cannot_be_unset() -> None:
+    with pytest.raises(UsageError, match=r"optimizer\.learning_rate"):
+        config_from_toml('[optimizer]\nlearning_rate = "none"\n', source="a recipe")

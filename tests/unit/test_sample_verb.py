@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
 from milepost.cli.main import run
 from milepost.core.errors import CheckpointError, UsageError
 from milepost.evaluation.samples import record_samples
+from milepost.evaluation.text_quality import text_quality
 from milepost.runs.layout import RunLayout
 from milepost.runs.records import read_samples
 from milepost.runs.steps import parse_steps
@@ -70,8 +72,19 @@ def test_samples_are_recorded_with_all_that_made_them(tmp_path) -> None:
         "dtype": "float32",
         "stopped": line["decoding"]["stopped"],
     }
+    assert line["quality"] == asdict(text_quality(line["token_ids"]))
     again = record_samples(model, tokenizer, ["The"], step=7, path=None, **settings)
     assert again == records[:1] and len(read_samples(log)[0]) == 2
+
+
+def test_the_id_of_a_sample_is_that_of_records_without_quality(tmp_path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(tmp_path)
+    [record] = record_samples(
+        model, tokenizer, ["The"], step=7, path=None, max_new_tokens=4, seed=3
+    )
+    assert record.quality is not None
+    assert record.sample_id == replace(record, quality=None).sample_id
+    assert record.sample_id != replace(record, seed=4).sample_id
 
 
 def test_sample_shows_each_step_and_records_it(layout, capsys) -> None:
@@ -82,6 +95,10 @@ def test_sample_shows_each_step_and_records_it(layout, capsys) -> None:
     assert shown.out.count("prompt      The state\n") == 2
     assert shown.out.index("step 100") < shown.out.index("step 400")
     assert "(5 tokens, stopped: max new tokens)" in shown.out
+    assert "  quality     distinct-1 " in shown.out
+    table = shown.out.split("quality, the mean over the prompts\n")[1].splitlines()
+    assert [row.split()[0] for row in table] == ["step", "100", "400"]
+    assert table[1].count("tokens") == 1 and "%" in table[1]
     assert shown.out.isprintable() or "\x1b" not in shown.out
     assert str(layout.samples) in shown.err
     assert [line["step"] for line in read_samples(layout.samples)[0]] == [100, 100, 400, 400]

@@ -1,44 +1,124 @@
-"""What a save does when the disk takes the checkpoint but not its event, or takes neither."""
+"""Saves go on beside training: what reaches the file, what waits, what a failing disk does."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from milepost.checkpoint.state import Progress
+from milepost.checkpoint.host_copy import HostCopy
+from milepost.checkpoint.state import Progress, TrainState
+from milepost.checkpoint.store import load_train_state, verify_checkpoint
 from milepost.config.schema import CheckpointSection, OptimizerSection
-from milepost.core.errors import StorageError
+from milepost.core.errors import DivergedError, StorageError
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
-from milepost.train import saving
-from milepost.train.optimizer import build_optimizer
-from milepost.train.saving import Saver
+from milepost.train import loop, saving
+from milepost.train.optimizer import build_optimizer, moments_by_name
+from milepost.train.saving import CheckpointWriter, Saver
+from milepost.train.stop import StopSignal
 from tests.tiny_models import tiny_model
+from tests.training import environment, events, train_here, write_recipe
+
+ROOT = Path(__file__).parents[2]
+RUN_ID = "ab"
+
+
+class TinyRun:
+    """A tiny model in training, and what saves it."""
+
+    def __init__(self, root: Path, *, keep: int = 2) -> None:
+        self.layout = RunLayout(root)
+        self.model = tiny_model()
+        self.optimizer = build_optimizer(self.model, config=OptimizerSection(learning_rate=1e-3))
+        self.writer = CheckpointWriter(
+            layout=self.layout,
+            run_id=RUN_ID,
+            config=CheckpointSection(keep_train_state=keep),
+            model_files={"config.json": b"{}\n"},
+            events=EventWriter(self.layout.events, segment=1),
+            good_step=0,
+        )
+        self.saver = Saver(self.writer, model=self.model, optimizer=self.optimizer, saved_step=0)
+
+    def train(self) -> dict[str, torch.Tensor]:
+        """One update; returns a copy of all that a train state holds."""
+        for parameter in self.model.parameters():
+            parameter.grad = parameter.detach().clone()
+        self.optimizer.step()
+        moments, _ = moments_by_name(self.model, optimizer=self.optimizer)
+        return {name: t.clone() for name, t in (self.model.state_dict() | moments).items()}
+
+    def save(self, step: int) -> None:
+        self.saver.save(Progress(step=step))
+
+    def save_all(self, *steps: int) -> None:
+        """Trains to each step, saves it and waits."""
+        for step in steps:
+            self.train()
+            self.save(step)
+            self.saver.finish()
+
+    def saved(self, step: int) -> dict[str, torch.Tensor]:
+        """What the verified checkpoint of a step holds."""
+        folder = self.layout.checkpoint(step)
+        verify_checkpoint(folder, run_id=RUN_ID, step=step)
+        state = load_train_state(folder)
+        return state.weights | state.moments
+
+    def recorded(self, kind: str) -> list[int]:
+        return [event["step"] for event in read_history(self.layout.events).of_kind(kind)]
+
+    def train_states(self) -> list[int]:
+        """Steps whose folder has a train state."""
+        return sorted(
+            int(folder.parent.name.removeprefix("step-"))
+            for folder in self.layout.checkpoints.glob("step-*/train_state")
+        )
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Saver:
-    """Of a run with train states of steps 1 and 2, all that retention keeps."""
-    model, layout = tiny_model(), RunLayout(tmp_path)
-    optimizer = build_optimizer(model, config=OptimizerSection(learning_rate=1e-3))
-    for parameter in model.parameters():
-        parameter.grad = parameter.detach().clone()
-    optimizer.step()
-    saver = Saver(
-        layout=layout,
-        run_id="ab",
-        config=CheckpointSection(keep_train_state=2),
-        model=model,
-        optimizer=optimizer,
-        model_files={"config.json": b"{}\n"},
-        events=EventWriter(layout.events, segment=1),
-        saved_step=0,
-    )
-    for step in (1, 2):
-        saver.save(Progress(step=step))
-    return saver
+def run(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path)
+
+
+class Gate:
+    """Holds a function's calls back until it is opened; counts those that came."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
+        self.num_calls = 0
+        self._arrived, self._open = threading.Event(), threading.Event()
+        really = getattr(target, name)
+
+        def wait(*arguments: Any, **options: Any) -> Any:
+            self.num_calls += 1
+            self._arrived.set()
+            assert self._open.wait(timeout=30)
+            return really(*arguments, **options)
+
+        monkeypatch.setattr(target, name, wait)
+
+    def wait_until_met(self) -> None:
+        assert self._arrived.wait(timeout=30)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """At the start of every write."""
+    gate = Gate(monkeypatch, saving, "save_checkpoint")
+    yield gate
+    gate.open()
 
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[Any]:
@@ -56,44 +136,235 @@ def fail_first(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[
     return calls
 
 
-def recorded(saver: Saver, kind: str) -> list[int]:
-    return [event["step"] for event in read_history(saver.layout.events).of_kind(kind)]
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_what_is_trained_while_a_save_is_written_does_not_reach_the_file(
+    run: TinyRun, gate: Gate
+) -> None:
+    first = run.train()
+    run.save(1)
+    gate.wait_until_met()
+    second = run.train()
+    gate.open()
+    run.saver.finish()
+    assert_equal(run.saved(1), first)
+    run.save(2)
+    run.saver.finish()
+    assert_equal(run.saved(2), second)
+    assert not torch.equal(first["model.norm.weight"], second["model.norm.weight"])
+
+
+def test_the_copy_on_the_host_shares_no_memory_with_training_and_is_used_again(
+    run: TinyRun,
+) -> None:
+    weights = run.model.state_dict()
+    copy = HostCopy(sum(t.numel() for t in weights.values()), device=torch.device("cpu"))
+    state = TrainState(progress=Progress(step=3), weights=weights, moments={}, optimizer_step=3)
+    first, second = copy.fill(state), copy.fill(state)
+    assert first.progress == state.progress and first.optimizer_step == 3
+    places = [{n: t.data_ptr() for n, t in s.weights.items()} for s in (state, first, second)]
+    assert places[1] == places[2]
+    assert set(places[0].values()).isdisjoint(places[1].values())
+    assert_equal(first.weights, weights)
+
+
+def test_a_save_waits_for_the_one_before(run: TinyRun, gate: Gate) -> None:
+    first = run.train()
+    run.save(1)
+    gate.wait_until_met()
+    second = run.train()
+    waiting = threading.Thread(target=run.save, args=(2,))
+    waiting.start()
+    waiting.join(timeout=0.2)
+    assert waiting.is_alive() and gate.num_calls == 1
+    gate.open()
+    waiting.join(timeout=30)
+    run.saver.finish()
+    assert run.recorded("checkpoint_saved") == [1, 2]
+    assert_equal(run.saved(1), first)
+    assert_equal(run.saved(2), second)
+
+
+def test_a_step_is_saved_once(run: TinyRun) -> None:
+    run.save_all(1)
+    run.save(1)
+    run.saver.finish()
+    assert run.recorded("checkpoint_saved") == [1]
+
+
+def test_how_long_training_waited_is_recorded(run: TinyRun) -> None:
+    run.save_all(1)
+    (event,) = read_history(run.layout.events).of_kind("checkpoint_saved")
+    assert 0 < event["waited_seconds"] < 60 and event["seconds"] > 0
+
+
+def test_a_failed_write_is_raised_at_the_next_step_and_only_once(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.train()
+    fail_first(monkeypatch, saving, "save_checkpoint")
+    run.saver.raise_failure(Progress(step=1))
+    run.save(1)
+    with pytest.raises(StorageError, match="no space left"):
+        for step in range(2, 10_000_000):  # as the loop calls it, until the write has ended
+            run.saver.raise_failure(Progress(step=step))
+    run.saver.raise_failure(Progress(step=3))
+    run.saver.finish()
+
+
+@pytest.mark.parametrize("wait", [Saver.finish, lambda saver: saver.save(Progress(step=2))])
+def test_a_failed_write_is_raised_where_training_waits_for_it(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, wait: Callable[[Saver], None]
+) -> None:
+    run.train()
+    fail_first(monkeypatch, saving, "save_checkpoint")
+    run.save(1)
+    with pytest.raises(StorageError, match="no space left"):
+        wait(run.saver)
+
+
+@pytest.mark.parametrize("error", [None, DivergedError("not finite"), ValueError("a bug")])
+def test_every_way_out_waits_for_the_save_under_way(
+    run: TinyRun, gate: Gate, error: Exception | None
+) -> None:
+    expected = run.train()
+    opener = threading.Timer(0.1, gate.open)
+    opener.start()
+    try:
+        with run.saver:
+            run.save(1)
+            if error is not None:
+                raise error
+    except (DivergedError, ValueError) as caught:
+        assert caught is error
+    opener.join()
+    assert_equal(run.saved(1), expected)
+    assert run.recorded("checkpoint_saved") == [1]
+
+
+def test_a_failed_save_is_said_and_does_not_hide_what_ended_the_run(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.train()
+    fail_first(monkeypatch, saving, "save_checkpoint")
+    with pytest.raises(DivergedError), run.saver:
+        run.save(1)
+        raise DivergedError("not finite")
+    assert "warning: cannot write: no space left on device; the newest" in capsys.readouterr().err
+
+
+def test_a_failed_last_save_ends_a_run_that_is_otherwise_done(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.train()
+    fail_first(monkeypatch, saving, "save_checkpoint")
+    with pytest.raises(StorageError, match="no space left"), run.saver:
+        run.save(1)
 
 
 def test_a_save_that_fails_is_not_tried_again_where_nothing_was_freed(
-    saver: Saver, monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run.save_all(1, 2)
     calls = fail_first(monkeypatch, saving, "save_checkpoint")
     with pytest.raises(StorageError, match="no space left"):
-        saver.save(Progress(step=3))
+        run.save_all(3)
     assert len(calls) == 1
-    assert recorded(saver, "checkpoint_saved") == [1, 2]
+    assert run.recorded("checkpoint_saved") == [1, 2]
+    assert run.train_states() == [1, 2]
 
 
 def test_a_save_that_fails_is_tried_again_after_retention_freed_something(
-    saver: Saver, monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver.config = CheckpointSection(keep_train_state=1)
+    run.save_all(1, 2)
+    run.writer.config = CheckpointSection(keep_train_state=1)
     calls = fail_first(monkeypatch, saving, "save_checkpoint")
-    saver.save(Progress(step=3))
+    run.save_all(3)
     assert len(calls) == 2
-    assert recorded(saver, "checkpoint_saved") == [1, 2, 3]
-    assert recorded(saver, "train_state_dropped") == [1, 2]
+    assert run.recorded("checkpoint_saved") == [1, 2, 3]
+    assert run.recorded("train_state_dropped") == [1, 2]
 
 
 def test_a_checkpoint_whose_event_fails_is_recorded_later_and_not_written_again(
-    saver: Saver, monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run.save_all(1, 2)
     saves = []
     really = saving.save_checkpoint
     monkeypatch.setattr(
         saving, "save_checkpoint", lambda *a, **k: saves.append(a) or really(*a, **k)
     )
     fail_first(monkeypatch, EventWriter, "append")
-    saver.save(Progress(step=3))
+    run.save_all(3)
     assert len(saves) == 1
-    assert recorded(saver, "checkpoint_saved") == [1, 2, 3]
-    assert recorded(saver, "train_state_dropped") == [1]
-    saver.save(Progress(step=4))
+    assert run.recorded("checkpoint_saved") == [1, 2, 3]
+    assert run.recorded("train_state_dropped") == [1]
+    run.save_all(4)
     assert len(saves) == 2
-    assert recorded(saver, "checkpoint_saved") == [1, 2, 3, 4]
+    assert run.recorded("checkpoint_saved") == [1, 2, 3, 4]
+
+
+def test_training_raises_a_failed_save_before_its_next_save(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_first(monkeypatch, saving, "save_checkpoint")
+    really = loop.run_loop
+    monkeypatch.setattr("milepost.train.rank.run_loop", lambda parts: really(slowly(parts)))
+
+    def slowly(parts: loop.LoopParts) -> loop.LoopParts:
+        """Every step after the first save waits for the write that fails."""
+        saver = parts.saver
+        assert saver is not None
+        run_step = parts.stepper.run_step
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            if saver._writing is not None:
+                saver._writing.exception()
+            return run_step(*arguments, **options)
+
+        monkeypatch.setattr(parts.stepper, "run_step", step)
+        return parts
+
+    with pytest.raises(StorageError, match="no space left"):
+        train_here(write_recipe(tmp_path), tmp_path / "run", tiny_data)
+    assert events(tmp_path / "run", "step")[-1]["step"] == 6, "saved at 5, said after 6"
+    (ended,) = events(tmp_path / "run", "segment_ended")
+    assert (ended["reason"], ended["step"]) == ("storage", 6)
+
+
+def test_a_stop_saves_and_waits(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    opener = threading.Timer(0.3, gate.open)
+    monkeypatch.setattr("milepost.train.stop.StopSignal.is_requested", lambda self: True)
+    opener.start()
+    result = train_here(write_recipe(tmp_path), tmp_path / "run", tiny_data)
+    opener.join()
+    assert (result["status"], result["step"]) == ("stopped", 1)
+    kinds = [e["kind"] for e in read_history(RunLayout(tmp_path / "run").events).events]
+    assert kinds[-2:] == ["checkpoint_saved", "segment_ended"]
+
+
+def test_a_second_interrupt_does_not_wait_for_a_save(tmp_path: Path) -> None:
+    words = "from tests.unit import test_saving; test_saving.interrupt_twice_while_saving()"
+    child = subprocess.run(
+        [sys.executable, "-c", words], cwd=tmp_path, env=environment() | {"PYTHONPATH": str(ROOT)}
+    )
+    assert child.returncode == 130
+
+
+def interrupt_twice_while_saving() -> None:
+    """In a process of its own, which it ends: the main thread waits for a write without end."""
+    signal.alarm(60)
+    StopSignal()
+    run = TinyRun(Path.cwd())
+    run.train()
+    saving.save_checkpoint = lambda *arguments, **options: threading.Event().wait()  # type: ignore[assignment]
+    run.save(1)
+    for seconds in (0.1, 0.3):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    run.saver.finish()

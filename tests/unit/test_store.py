@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -300,10 +301,36 @@ def test_a_dropped_train_state_is_on_record_before_it_goes(
     def record(step: int) -> None:
         events.append_durably("train_state_dropped", step=step)
 
-    assert drop_old_train_states(layout, keep=2, every_steps=None, record=record) == []
-    assert drop_old_train_states(layout, keep=1, every_steps=None, record=record) == [10]
+    assert (
+        drop_old_train_states(layout, good_step=20, keep=2, every_steps=None, record=record) == []
+    )
+    assert drop_old_train_states(layout, good_step=20, keep=1, every_steps=None, record=record) == [
+        10
+    ]
     assert seen.index("fsync events.jsonl") < seen.index("rename train_state")
     assert [e["step"] for e in read_history(layout.events).events] == [10]
     assert not (layout.checkpoint(10) / "train_state").exists()
     found, aside = find(layout, 10)
     assert found is not None and (found.step, aside) == (20, [])
+
+
+UNSAFE = re.compile(
+    r"\b(import|from)\s+(_?pickle|dill|cloudpickle|joblib|shelve|marshal)\b"
+    r"|\btorch\.(load|save|package)\b"
+    r"|\btorch\.distributed\.checkpoint\b"
+    r"|allow_pickle\s*=\s*(?!False)"
+    r"|\b(np|numpy)\.load\((?!.*allow_pickle=False)"
+)
+
+
+def test_nothing_in_the_product_can_unpickle() -> None:
+    """A checkpoint of a stranger must not be able to run code (docs/faults.md, row 27)."""
+    files = sorted((Path(__file__).parents[2] / "src" / "milepost").rglob("*.py"))
+    assert len(files) > 50
+    found = [
+        f"{file.name}:{number}: {line.strip()}"
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if UNSAFE.search(line) and not line.lstrip().startswith("#")
+    ]
+    assert found == []

@@ -272,3 +272,53 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="has no end-of-text token") as caught:
         load_tokenizer(save(tmp_path, content))
     assert "<|endoftext|>" in str(caught.value.hint)
+
+
+def template(*parts: str) -> dict[str, Any]:
+    """A post-processor that puts control tokens around a text, which is written A."""
+    ids = {"[begin]": 3, "</s>": 4}
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if part == "A"
+        else {"SpecialToken": {"id": part, "type_id": 0}}
+        for part in parts
+    ]
+    special = {part: {"id": part, "ids": [ids[part]], "tokens": [part]} for part in ids}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": special,
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "config", "ids_around", "beginning_id"),
+    [
+        (("A",), None, ((), ()), 4),  # the end-of-text token
+        (("[begin]", "A"), None, ((3,), ()), 3),
+        (("[begin]", "A", "</s>"), None, ((3,), (4,)), 3),
+        (("A", "</s>"), '{"bos_token": "[begin]"}', ((), (4,)), 3),
+        (("A",), '{"bos_token": {"content": "[begin]"}}', ((), ()), 3),
+        (("[begin]", "A"), '{"bos_token": "</s>"}', ((3,), ()), 4),
+    ],
+)
+def test_what_stands_around_a_text_is_read_from_the_files(
+    tmp_path: Path,
+    parts: tuple[str, ...],
+    config: str | None,
+    ids_around: tuple[tuple[int, ...], tuple[int, ...]],
+    beginning_id: int,
+) -> None:
+    added = [
+        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for token, number in (("[begin]", 3), ("</s>", 4))
+    ]  # fmt: skip
+    content = word_level(added=added, tokens=["[unk]", "a", "b"])
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    tokenizer = load_tokenizer(save(tmp_path, content | {"post_processor": template(*parts)}))
+    assert tokenizer.ids_around == ids_around
+    assert tokenizer.beginning_id == beginning_id
+    assert tokenizer.encode("a b </s>") == [1, 2, 0]

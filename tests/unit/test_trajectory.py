@@ -12,7 +12,8 @@ import pytest
 
 from milepost.core.errors import UsageError
 from milepost.trajectory.collect import collect
-from milepost.trajectory.figures import draw_panels, tick_text
+from milepost.trajectory.drawing import tick_text
+from milepost.trajectory.figures import draw_panels
 from milepost.trajectory.lines import MAX_RAW_POINTS, line_of
 from milepost.trajectory.samples import MAX_STEPS_SHOWN, evenly_spread, sample_groups
 from milepost.trajectory.summary import enumerate_words, numbers, paragraphs
@@ -131,13 +132,13 @@ def test_numbers_for_programs(tmp_path: Path) -> None:
 def test_hellaswag_is_drawn_once_it_is_evaluated(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run")
     made.start()
-    for step in (10, 20):
-        score = {"acc_norm": {"value": 0.25 + step / 1000, "stderr": 0.004}}
-        made.append("evaluation", step=step, benchmark="hellaswag", metrics=score)
-        made.append("evaluation", step=step, benchmark="piqa", metrics={})
+    made.evaluate(10, "hellaswag", acc=0.2)
+    made.evaluate(20, "hellaswag", acc=0.25)
+    made.evaluate(20, "hellaswag", acc=0.5, limit=100)
+    made.evaluate(30, "piqa", acc=0.5)
     panel = draw_panels(collect(made.layout.root))[1]
     assert panel.svg is not None
-    assert panel.latest == "0.2700 at step 20"
+    assert panel.latest == "0.2750 at step 20"
 
 
 def test_spike_turns_the_axis_logarithmic(tmp_path: Path) -> None:
@@ -249,3 +250,19 @@ def test_command_prints_the_page_or_one_json_document(
     assert len(document["files"]) == 9
     with pytest.raises(UsageError, match="is not a run folder"):
         report(tmp_path)
+
+
+def test_repetition_of_a_sample_is_told_where_it_was_counted() -> None:
+    quality = {"distinct_2": 0.25, "repeated_4gram_fraction": 0.5, "longest_repeat_tokens": 3}
+    foreign = ({"distinct_2": "low"}, {"repeated_4gram_fraction": None}, "none", None)
+    records = [
+        {"step": step, "prompt": "a", "completion": "b", "quality": value}
+        for step, value in enumerate((quality, {"distinct_2": 1.0}, *foreign))
+    ]
+    records.append({"step": 9, "prompt": "a", "completion": "of an older version"})
+    [group], _ = sample_groups(records, prompts=["a"])
+    assert [completion.repetition for completion in group.completions] == [
+        ("repeats 50 %", "distinct-2 0.25"),
+        ("distinct-2 1.00",),
+        *[()] * 5,
+    ]

@@ -14,11 +14,18 @@ from cyclopts import App, CycloptsError
 
 from milepost import __version__
 from milepost.core.console import say, say_error
-from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE, MilepostError, UsageError
+from milepost.core.errors import (
+    LEFT_AT_ONCE_EXIT_CODE,
+    MilepostError,
+    StorageError,
+    UsageError,
+)
 
 VERBS = {
     "demo": "The whole road in miniature on the CPU, in a few minutes.",
     "train": "Start a run, or continue it exactly.",
+    "verify": "Check a run's checkpoints, and prove that it can be continued exactly.",
+    "evaluate": "Score checkpoints on benchmarks.",
     "sample": "Let checkpoints continue a text.",
     "report": "Write the trajectory report of a run.",
     "plan": "Say what a recipe costs before anything is spent.",
@@ -83,7 +90,34 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("left at once")
         return LEFT_AT_ONCE_EXIT_CODE
+    except (OSError, MemoryError, ImportError) as error:
+        plain = _refused_by_the_system(error)
+        if plain is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        say_error(plain)
+        return plain.exit_code
     return 0
+
+
+def _refused_by_the_system(error: Exception) -> MilepostError | None:
+    """What a file, a limit or the memory of this machine says no to; None for anything else.
+
+    The last net: where a failure can be named with its place, it is named there.
+    """
+    hint = "--debug anywhere in the command shows where"
+    if isinstance(error, OSError):
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        return StorageError(": ".join([*places, reason]), hint=hint)
+    no_room = ("failed to map segment", "cannot allocate memory")
+    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in no_room):
+        return MilepostError(
+            f"out of memory: {error}".removesuffix(": "),
+            hint="free some, or allow this process more (ulimit -v, the container's limit)",
+        )
+    return None
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from milepost.planner.memory import (
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
+    save_copy_bytes,
 )
 
 
@@ -123,6 +124,7 @@ def _as_json(worked_out: _Plan) -> dict[str, Any]:
         "gpus": worked_out.num_gpus,
         "memory_per_rank": asdict(worked_out.memory) | {"total_bytes": total_bytes},
         "host_bytes_per_rank": host_bytes(config),
+        "save_copy_bytes": save_copy_bytes(config),
         "fits": None if gpu is None else total_bytes <= gpu.memory_bytes,
         "max_microbatch_rows": worked_out.max_microbatch_rows,
         "max_microbatch_rows_with_recompute": worked_out.max_microbatch_rows_with_recompute,
@@ -207,8 +209,13 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
         ("loss", format_bytes(memory.loss_bytes), "a chunk of logits, the head's gradient"),
         ("process", format_bytes(memory.process_bytes), "context and libraries, roughly"),
     ]
+    copy = format_bytes(save_copy_bytes(worked_out.config))
     if worked_out.gpu is None:
-        return [*rows, ("total", format_bytes(memory.total_bytes), "fits? give --gpu")]
+        return [
+            *rows,
+            ("total", format_bytes(memory.total_bytes), "fits? give --gpu"),
+            ("copy for the saves", copy, "main rank, on top; of a GPU run in the host's memory"),
+        ]
     has_bytes = worked_out.gpu.memory_bytes
     fits = "fits" if memory.total_bytes <= has_bytes else "DOES NOT FIT"
     host = format_bytes(host_bytes(worked_out.config))
@@ -221,6 +228,7 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
             *_rows_that_fit(worked_out.max_microbatch_rows_with_recompute),
         ),
         ("memory of the host", host, "a rank, while a checkpoint is read back"),
+        ("  copy for the saves", copy, "main rank, after that and always"),
     ]
 
 
@@ -242,6 +250,7 @@ def _disk_rows(disk: DiskEstimate) -> list[_Row]:
             format_bytes(disk.train_state_bytes),
             f"on {disk.num_train_states} of them",
         ),
+        ("log and samples", format_bytes(disk.history_bytes), "roughly"),
         ("the run", format_bytes(disk.run_bytes), f"{format_bytes(disk.peak_bytes)} at the peak"),
         ("the data", format_bytes(disk.data_bytes), "shards for one pass over fresh tokens"),
     ]

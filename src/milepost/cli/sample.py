@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -28,7 +29,8 @@ def sample(
     """Let checkpoints continue a text.
 
     The end-of-text token is put before the prompt, as it stands before each document in
-    training. Samples of a run are recorded in its samples.jsonl with all settings.
+    training. Samples of a run are recorded in its samples.jsonl with all settings, and with
+    counts of how much they repeat themselves.
 
     Example: `milepost sample runs/demo --prompt "My fellow citizens" --steps all`
 
@@ -80,6 +82,8 @@ def sample(
             _show(str(loaded.folder), new)
     if json:
         console.show_json({"samples": [record.as_line() for record in records]})
+    elif len({record.step for record in records}) > 1:
+        _show_quality_by_step(records)
     if log is not None:
         console.say(f"recorded in {log}")
 
@@ -106,7 +110,46 @@ def _show(folder: str, records: list[SampleRecord]) -> None:
         console.show(f"  completion  {_printable(record.completion)}")
         stopped = record.decoding["stopped"].replace("_", " ")
         console.show(f"              ({len(record.token_ids)} tokens, stopped: {stopped})")
+        console.show(f"  quality     {_quality_in_words(record.quality or {})}")
     console.show("")
+
+
+def _quality_in_words(quality: dict[str, Any]) -> str:
+    parts = [
+        f"{words} {_quality_text(name, quality[name])}"
+        for name, words in _QUALITY_WORDS.items()
+        if quality.get(name) is not None
+    ]
+    return ", ".join(parts) or "nothing to count"
+
+
+_QUALITY_WORDS = {
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "repeated_4gram_fraction": "repeated 4-grams",
+    "longest_repeat_tokens": "longest repeat",
+}
+
+
+def _quality_text(name: str, value: float) -> str:
+    if name == "repeated_4gram_fraction":
+        return f"{value:.0%}".replace("%", " %")
+    return f"{value:.2f}" if name.startswith("distinct") else f"{value:.3g} tokens"
+
+
+def _show_quality_by_step(records: list[SampleRecord]) -> None:
+    """A row a step, each the mean over its samples, so that a trend is seen at a glance."""
+    by_step: dict[int | None, list[dict[str, Any]]] = {}
+    for record in records:
+        by_step.setdefault(record.step, []).append(record.quality or {})
+    console.show("quality, the mean over the prompts")
+    console.show(f"{'step':>10}" + "".join(f"{words:>18}" for words in _QUALITY_WORDS.values()))
+    for step, qualities in by_step.items():
+        row = f"{'?' if step is None else step:>10}"
+        for name in _QUALITY_WORDS:
+            values = [q[name] for q in qualities if q.get(name) is not None]
+            row += f"{_quality_text(name, mean(values)) if values else '-':>18}"
+        console.show(row)
 
 
 def _printable(text: str) -> str:

@@ -89,6 +89,10 @@ def _launch(
 
         config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
         open_run_data(config)  # so that what is wrong with it is said once, not by every rank
+        if config.evaluation.every_steps is not None:
+            from milepost.evaluation.catalog import parse_tasks
+
+            parse_tasks(config.evaluation.tasks)
         num_gpus = count_gpus()
         chosen = choose_ranks(requested=ranks, lanes=config.train.lanes, num_gpus=num_gpus)
         code = launch(words, ranks=chosen, on_gpus=num_gpus > 0, stops=stops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ HARMLESS = (
     "train.stop_at_step",
     "checkpoint.",
     "validation.every_steps",
+    "evaluation.",
     "samples.",
+    "guards.collective_timeout_seconds",
 )
 """Fields that cannot alter a run's numbers; the data fingerprint guards `data.path`."""
 
@@ -61,14 +64,19 @@ def recipe_text(recipe: str) -> str:
 
 
 def _read_recipe_file(path: Path) -> str:
-    if not path.is_file():
-        raise UsageError(f"there is no recipe file {path}", hint="give the path of a .toml file")
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise UsageError(f"{path} is larger than any recipe", hint="give a .toml recipe")
     try:
+        if not path.is_file():
+            hint = "give the path of a .toml file"
+            raise UsageError(f"there is no recipe file {path}", hint=hint)
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UsageError(f"{path} is larger than any recipe", hint="give a .toml recipe")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text", hint="save the recipe as UTF-8") from error
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        hint = "give the path of a .toml file that this user may read"
+        raise UsageError(f"cannot read the recipe {path}: {reason}", hint=hint) from error
 
 
 def load_recipe(
@@ -98,12 +106,21 @@ def _config(text: str, *, pairs: list[tuple[str, Any]], source: str) -> Config:
         raw = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{source} is not TOML: {error}", hint="see https://toml.io") from error
+    _unset_none(raw)
     for dotted, value in pairs:
         section, _, field = dotted.partition(".")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table[field] = value
     return validate(raw, source=source)
+
+
+def _unset_none(raw: dict[str, Any]) -> None:
+    """Takes the text "none" of a field that can be unset for what TOML has no word for."""
+    for section, table in raw.items():
+        for field, value in table.items() if isinstance(table, dict) else ():
+            if value == "none" and _can_be_unset(section, field):
+                table[field] = None
 
 
 def parse_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> list[tuple[str, Any]]:
@@ -154,7 +171,7 @@ def _is_option(word: str) -> bool:
 
 def _parse_value(text: str, *, section: str, field: str) -> Any:
     taken = _field_type(section, field)
-    if text == "none" and type(None) in get_args(taken):
+    if text == "none" and _can_be_unset(section, field):
         return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -162,6 +179,10 @@ def _parse_value(text: str, *, section: str, field: str) -> Any:
         return text
     # `--run.name 2024` is a name; `--run.name '"2024"'` is the same in TOML's own quotes.
     return value if isinstance(value, str) or taken is not str else text
+
+
+def _can_be_unset(section: str, field: str) -> bool:
+    return type(None) in get_args(_field_type(section, field))
 
 
 def _field_type(section: str, field: str) -> Any:

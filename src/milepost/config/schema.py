@@ -129,6 +129,27 @@ class ValidationSection(Section):
     )
 
 
+class EvaluationSection(Section):
+    """[evaluation]"""
+
+    every_steps: PositiveInt | None = Field(None, description="Interval, updates; none: never.")
+    tasks: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = Field(
+        ("hellaswag",), strict=False, description="Benchmarks that are scored while training."
+    )
+    limit: PositiveInt | None = Field(
+        500, description="The first so many items of each benchmark; none: all."
+    )
+    data_dir: str = Field("", description="Folder of the benchmarks' rows; empty: the hub.")
+
+
+class GuardsSection(Section):
+    """[guards]"""
+
+    collective_timeout_seconds: float = Field(
+        600.0, ge=5, le=86_400, description="A rank that waits so long for the others gives up."
+    )
+
+
 class SamplesSection(Section):
     """[samples]"""
 
@@ -152,7 +173,9 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()  # type: ignore[call-arg]
     checkpoint: CheckpointSection = CheckpointSection()  # type: ignore[call-arg]
     validation: ValidationSection = ValidationSection()  # type: ignore[call-arg]
+    evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
     samples: SamplesSection = SamplesSection()  # type: ignore[call-arg]
+    guards: GuardsSection = GuardsSection()  # type: ignore[call-arg]
 
     @property
     def rows_per_step(self) -> int:

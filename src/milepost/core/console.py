@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
 
 from milepost.core.errors import MilepostError, StorageError
 from milepost.core.files import as_storage_error, strict
+from milepost.core.units import format_duration
 
 
 def say(text: str = "") -> None:
@@ -150,6 +152,7 @@ class _LineBar:
         self._what = what
         self._total = total
         self._next_tenth = 1
+        self._started = time.monotonic()
 
     def update(self, done: float, *, note: str = "") -> None:
         if not self._total:
@@ -157,4 +160,6 @@ class _LineBar:
         tenth = int(10 * done / self._total)
         if tenth >= self._next_tenth:
             self._next_tenth = tenth + 1
-            say(f"{self._what}: {10 * tenth} %  {note}".rstrip())
+            seconds = (time.monotonic() - self._started) * (self._total / done - 1)
+            left = f", {format_duration(seconds)} left" if tenth < 10 else ""
+            say(f"{self._what}: {10 * tenth} %{left}  {note}".rstrip())

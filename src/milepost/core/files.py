@@ -107,7 +107,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         StorageError: the disk is full, read-only or failing; `path` is as it was.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content if isinstance(content, bytes) else _as_utf8(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         fsync_folder(path.parent)
+
+
+def _as_utf8(text: str) -> bytes:
+    """UTF-8; a lone surrogate (a file name that is not UTF-8) as \\udcXX, JSON's escape of it."""
+    return text.encode(errors="backslashreplace")
 
 
 def remove_unfinished(path: Path) -> None:
@@ -163,13 +168,26 @@ def read_json(path: Path, *, error: type[MilepostError]) -> Any:
         StorageError: it is there and cannot be read, which says nothing of what it holds.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(_read_regular_file(path))
     except FileNotFoundError as missing:
         raise error(f"{path} is missing") from missing
     except OSError as failure:
         raise as_storage_error(failure, what=str(path), verb="read") from failure
     except (ValueError, RecursionError) as bad:
         raise error(f"{path} cannot be read as JSON: {bad}") from bad
+
+
+def _read_regular_file(path: Path) -> bytes:
+    """All bytes of a file; of anything else none, as a pipe would hold its reader for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StorageError(
+            f"cannot read {path}: it is not a regular file",
+            hint="put the file back from a copy, then run the same command again",
+        )
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
 
 
 def publish_folder(temporary: Path, *, final: Path) -> None:
@@ -250,8 +268,7 @@ def append_json_line(path: Path, record: dict[str, Any], *, is_durable: bool = F
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            # A lone surrogate becomes \\udcXX, which is how JSON escapes it.
-            data = (b"\n" if torn else b"") + line.encode(errors="backslashreplace")
+            data = (b"\n" if torn else b"") + _as_utf8(line)
             try:
                 _write_all(descriptor, data)
                 if is_durable:
@@ -275,13 +292,18 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
     A line that is torn, not JSON or not an object is skipped and counted. A missing file is an
     empty log.
+
+    Raises:
+        StorageError: it is there and cannot be read.
     """
     records: list[dict[str, Any]] = []
     num_bad = 0
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _read_regular_file(path).split(b"\n")
     except FileNotFoundError:
         return [], 0
+    except OSError as failure:
+        raise as_storage_error(failure, what=str(path), verb="read") from failure
     for line in lines:
         if not line.strip():
             continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from milepost.evaluation.text_quality import text_quality
 from milepost.inference.engine import complete
 from milepost.model.llama import Llama
 from milepost.runs.records import SampleRecord, append_sample
@@ -88,6 +90,7 @@ def record_samples(
             token_ids=completion.token_ids,
             decoding=settings | {"stopped": completion.stopped},
             seed=seed,
+            quality=asdict(text_quality(completion.token_ids)),
         )
         for completion in completions
     ]

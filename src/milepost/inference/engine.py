@@ -106,6 +106,45 @@ def complete(
     ]
 
 
+@torch.no_grad()
+def continue_likeliest(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    compute_dtype: torch.dtype = torch.float32,
+) -> list[list[int]]:
+    """The likeliest token after each prompt, again and again; all prompts are one batch.
+
+    The last bits of a row may depend on the rows beside it, so whoever needs the same bits again
+    gives the same batch.
+
+    Args:
+        model: on any device.
+        tokenizer: the one the model was trained with.
+        prompts_ids: token ids of each prompt, with whatever stands before a text; not empty,
+            shorter than the model's context.
+        max_new_tokens: most tokens of a continuation.
+        stop_ids: tokens that end it as the end-of-text token does.
+        compute_dtype: of the forward pass; logits are float32.
+
+    Returns:
+        The new tokens of each prompt, without the one that ended it.
+
+    Raises:
+        DivergedError: the logits are not finite.
+    """
+    unused = torch.Generator()
+    rows = [_Row(place, "", list(ids), unused) for place, ids in enumerate(prompts_ids)]
+    decoding = Decoding(max_new_tokens, temperature=0.0, top_k=None, top_p=None)
+    _decode(
+        model, tokenizer, rows, decoding=decoding, compute_dtype=compute_dtype, stop_ids=stop_ids
+    )
+    return [row.new_ids for row in rows]
+
+
 def _rows_of(prompts: Sequence[str], tokenizer: Tokenizer, context: int, seed: int) -> list[_Row]:
     rows = []
     seen: Counter[str] = Counter()
@@ -130,9 +169,11 @@ def _decode(
     *,
     decoding: Decoding,
     compute_dtype: torch.dtype,
+    stop_ids: frozenset[int] = frozenset(),
 ) -> None:
     """Fills `new_ids` and `stopped` of all rows: one prefill, then a token a row a pass."""
     context = model.config.max_position_embeddings
+    ends = stop_ids | {tokenizer.end_of_text_id}
     longest = max(len(row.prompt_ids) for row in rows)
     device = model.head_weight.device
     cache = KVCache(
@@ -152,7 +193,7 @@ def _decode(
         logits_BV = _logits(model, last_BD, vocab_size=tokenizer.vocab_size)
         for row, logits_V in zip(rows, logits_BV, strict=True):
             token_id = next_token(logits_V, decoding=decoding, generator=row.generator)
-            _append(row, token_id, tokenizer, limit=decoding.max_new_tokens, context=context)
+            _append(row, token_id, ends=ends, limit=decoding.max_new_tokens, context=context)
         going = [number for number, row in enumerate(rows) if row.stopped is None]
         if not going:
             return
@@ -163,8 +204,8 @@ def _decode(
         last_BD = model(newest_B1, compute_dtype=compute_dtype, cache=cache)[:, -1]
 
 
-def _append(row: _Row, token_id: int, tokenizer: Tokenizer, *, limit: int, context: int) -> None:
-    if token_id == tokenizer.end_of_text_id:
+def _append(row: _Row, token_id: int, *, ends: frozenset[int], limit: int, context: int) -> None:
+    if token_id in ends:
         row.stopped = END_OF_TEXT
         return
     row.new_ids.append(token_id)

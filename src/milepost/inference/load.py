@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from milepost.checkpoint.store import verify_model_files
+from milepost.checkpoint.store import MANIFEST, verify_model_files
 from milepost.config.schema import ModelSection
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.core.files import plain_file, read_json
+from milepost.core.files import (
+    plain_file,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    storage_errors,
+)
 from milepost.model.huggingface import model_section_from_hf
 from milepost.model.llama import Llama
 from milepost.runs.layout import RunLayout, step_of_folder
@@ -26,6 +32,13 @@ INDEX_FILE = "model.safetensors.index.json"
 
 MOST_JSON_BYTES = 64 << 20
 _FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
+_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_FILES_THAT_COUNT = (
+    CONFIG_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -65,7 +78,12 @@ def load_model(
     folder = model_folder(path, step=step)
     if step_of_folder(folder) is not None:
         verify_model_files(folder)  # a flipped bit would load silently
-    config = _read_config(folder)
+    return read_model(folder, device=device)
+
+
+def read_model(folder: Path, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """As `load_model`, from a folder whose files were verified or have no manifest."""
+    config = read_config(folder)
     for file in folder.glob("*.json"):
         plain_file(file, error=CheckpointError)
     tokenizer = load_tokenizer(str(folder))
@@ -127,7 +145,7 @@ def read_weights(folder: Path, *, config: ModelSection) -> Llama:
         shapes = {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
     with ExitStack() as stack:
         places: dict[str, tuple[Path, Any]] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             reader = _open(file, stack)
             places |= dict.fromkeys(reader.keys(), (file, reader))
         _check_names(set(places), set(shapes), config=config, folder=folder)
@@ -140,7 +158,13 @@ def read_weights(folder: Path, *, config: ModelSection) -> Llama:
     return model
 
 
-def _read_config(folder: Path) -> ModelSection:
+def read_config(folder: Path) -> ModelSection:
+    """The architecture of a model folder.
+
+    Raises:
+        UsageError: it is not a LLaMA that can be read.
+        CheckpointError: config.json is missing or damaged.
+    """
     values = _read_bounded_json(folder / CONFIG_FILE)
     try:
         return model_section_from_hf(values)
@@ -148,7 +172,62 @@ def _read_config(folder: Path) -> ModelSection:
         raise UsageError(f"{folder}: {error.message}", hint=error.hint) from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def identify(folder: Path) -> str:
+    """The hash that names a model: of its checkpoint's manifest, or else of its files.
+
+    The manifest of a checkpoint holds the hashes of its files; whether they are still true,
+    `verify_model_files` says.
+
+    Raises:
+        CheckpointError: a file is missing or not a plain file.
+        StorageError: a file cannot be read.
+    """
+    if has_manifest(folder):
+        return _sha256(plain_file(folder / MANIFEST, error=CheckpointError))
+    present = [folder / name for name in _FILES_THAT_COUNT if (folder / name).exists()]
+    files = [*present, *weight_files(folder)]
+    return sha256_of_json(
+        {file.name: _sha256(plain_file(file, error=CheckpointError)) for file in files}
+    )
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a model folder says itself what its files must be, as a checkpoint does."""
+    return (folder / MANIFEST).exists() or step_of_folder(folder) is not None
+
+
+def _sha256(file: Path) -> str:
+    with storage_errors(file, verb="read"):
+        return sha256_of_file(file)
+
+
+def dtype_of_weights(folder: Path) -> str:
+    """ "float32", "bfloat16" or "float16": what config.json says, or else the first tensor's type.
+
+    That is what transformers takes for "auto". Types that cannot be computed with are float32.
+    """
+    values = _read_bounded_json(folder / CONFIG_FILE)
+    named = values.get("dtype") or values.get("torch_dtype")
+    if not isinstance(named, str):
+        named = _DTYPE_NAMES.get(_first_type(folder), "")
+    return named if named in _DTYPE_NAMES.values() else "float32"
+
+
+def _first_type(folder: Path) -> str:
+    with ExitStack() as stack:
+        for file in weight_files(folder):
+            reader = _open(file, stack)
+            for name in sorted(reader.keys()):
+                return str(reader.get_slice(name).get_dtype())
+    return ""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, or one is not a plain file in the folder.
+    """
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
         return [plain_file(folder / WEIGHTS_FILE, error=CheckpointError)]
     if (folder / INDEX_FILE).exists():

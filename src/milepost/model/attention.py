@@ -12,6 +12,8 @@ from milepost.config.schema import ModelSection
 from milepost.model.layers import Linear
 from milepost.model.rope import rotate
 
+_QUERIES_OF_A_TURN = 64
+
 
 class LayerCache(Protocol):
     """Keys and values of one layer from earlier forward passes."""
@@ -62,6 +64,65 @@ class Attention(nn.Module):
             num_sharing = query_BNTH.shape[1] // keys_BGSH.shape[1]
             keys_BGSH = _repeat_heads(keys_BGSH, times=num_sharing)
             values_BGSH = _repeat_heads(values_BGSH, times=num_sharing)
+        return self._attended(query_BNTH, keys_BGSH, values_BGSH, mask)
+
+    def forward_packed(
+        self,
+        hidden_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        places_BQ: Tensor | None = None,
+    ) -> Tensor:
+        """Attends in rows that hold trees of tokens; see `Llama.forward_packed`.
+
+        Args:
+            hidden_BTD: in the compute dtype.
+            cos: rotary table [B, 1, T, H/2] float32.
+            sin: as `cos`.
+            mask: bool [B, 1, T, T], True where attention is allowed: at no later place.
+            places_BQ: int64, whose results are wanted; None: all.
+
+        Returns:
+            [B, Q, D] in the compute dtype.
+        """
+        keys_BGTH = rotate(self._heads(self.k_proj(hidden_BTD)), cos, sin)
+        values_BGTH = self._heads(self.v_proj(hidden_BTD))
+        num_sharing = self.q_proj.weight.shape[0] // self.k_proj.weight.shape[0]
+        keys_BNTH = _repeat_heads(keys_BGTH, times=num_sharing)
+        values_BNTH = _repeat_heads(values_BGTH, times=num_sharing)
+        if places_BQ is not None:
+            rows_B1 = torch.arange(len(places_BQ), device=places_BQ.device)[:, None]
+            hidden_BTD = hidden_BTD[rows_B1, places_BQ]
+            cos, sin, mask = (t[rows_B1, :, places_BQ].transpose(1, 2) for t in (cos, sin, mask))
+        query_BNQH = rotate(self._heads(self.q_proj(hidden_BTD)), cos, sin)
+        if places_BQ is not None or hidden_BTD.device.type != "cpu":
+            return self._attended(query_BNQH, keys_BNTH, values_BNTH, mask)
+        return self._attended_in_turns(query_BNQH, keys_BNTH, values_BNTH, mask)
+
+    def _attended_in_turns(
+        self, query_BNTH: Tensor, keys_BNTH: Tensor, values_BNTH: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Some queries at a time with the keys up to theirs, which the CPU's kernel needs told.
+
+        With 205 tokens and 6 heads of 64: 3.0 ms in place of 4.6.
+        """
+        turns = []
+        for start in range(0, mask.shape[2], _QUERIES_OF_A_TURN):
+            stop = min(start + _QUERIES_OF_A_TURN, mask.shape[2])
+            turns.append(
+                F.scaled_dot_product_attention(
+                    query_BNTH[:, :, start:stop],
+                    keys_BNTH[:, :, :stop],
+                    values_BNTH[:, :, :stop],
+                    attn_mask=mask[:, :, start:stop, :stop],
+                ).transpose(1, 2)
+            )
+        return self.o_proj(torch.cat(turns, dim=1).flatten(2))
+
+    def _attended(
+        self, query_BNTH: Tensor, keys_BGSH: Tensor, values_BGSH: Tensor, mask: Tensor | None
+    ) -> Tensor:
         attended_BNTH = F.scaled_dot_product_attention(
             query_BNTH,
             keys_BGSH,

@@ -52,6 +52,24 @@ class Block(nn.Module):
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, mask, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
+    def forward_packed(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        places_BQ: Tensor | None = None,
+    ) -> Tensor:
+        """The block's result at some places, or at all; see `Attention.forward_packed`."""
+        attended = self.self_attn.forward_packed(
+            self.input_layernorm(hidden), cos, sin, mask, places_BQ
+        )
+        if places_BQ is not None:
+            rows_B1 = torch.arange(len(places_BQ), device=places_BQ.device)[:, None]
+            hidden = hidden[rows_B1, places_BQ]
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
 
 def run_block(
     block: Block, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
@@ -135,6 +153,38 @@ class Llama(nn.Module):
             assert mask is None, "a cache brings its own mask"
             hidden_BTD = self._run_cached(hidden_BTD, cache)
         return self.model.norm(hidden_BTD)
+
+    def forward_packed(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        positions_BT: Tensor,
+        mask: Tensor,
+        places_BQ: Tensor,
+        compute_dtype: torch.dtype,
+    ) -> Tensor:
+        """Hidden states after the final norm, at some places of rows that hold trees of tokens.
+
+        The last block is computed at these places only; nothing else of it would be read.
+
+        Args:
+            input_ids_BT: token ids, integer.
+            positions_BT: int64, where each token stands in its own sequence.
+            mask: bool [B, 1, T, T], True where attention is allowed: at the token itself, at some
+                earlier places, at no later one.
+            places_BQ: int64, below T.
+            compute_dtype: dtype of the residual stream and all products.
+
+        Returns:
+            hidden_BQD in the compute dtype.
+        """
+        hidden_BTD = self.model.embed_tokens(input_ids_BT).to(compute_dtype)
+        cos, sin = self.model.cos[positions_BT][:, None], self.model.sin[positions_BT][:, None]
+        *blocks, last_block = self.model.layers
+        for block in blocks:
+            hidden_BTD = block.forward_packed(hidden_BTD, cos, sin, mask)
+        hidden_BQD = last_block.forward_packed(hidden_BTD, cos, sin, mask, places_BQ)
+        return self.model.norm(hidden_BQD)
 
     def _run_cached(self, hidden_BTD: Tensor, cache: Cache) -> Tensor:
         positions_BT, mask = cache.begin(hidden_BTD.shape[1])

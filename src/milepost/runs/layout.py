@@ -36,6 +36,21 @@ class RunLayout:
         return self.root / "samples.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """Scores of checkpoints on benchmarks."""
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def items(self) -> Path:
+        """Folder of the items files, one an evaluation record."""
+        return self.root / "items"
+
+    @property
+    def certificates(self) -> Path:
+        """Folder of the certificates that `milepost verify --replay` wrote."""
+        return self.root / "certificates"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that trains in this folder."""
         return self.root / ".lock"

@@ -16,10 +16,11 @@ class SampleRecord:
     """One completion with all that made it.
 
     Attributes:
-        sample_id: hash of everything else.
+        sample_id: hash of everything else but the quality, which follows from it.
         step: updates the model had seen; None for a model that is not of a run.
         adapter: hash of the adapter used, None without one.
         decoding: max_new_tokens, temperature, top_k, top_p, stopped.
+        quality: how much the completion repeats itself; None where nobody counted.
     """
 
     step: int | None
@@ -29,11 +30,13 @@ class SampleRecord:
     token_ids: list[int]
     decoding: dict[str, Any]
     seed: int
+    quality: dict[str, Any] | None = None
 
     @property
     def sample_id(self) -> str:
         """Hash of the record's content."""
-        return sha256_of_json(asdict(self))[:16]
+        content = {name: value for name, value in asdict(self).items() if name != "quality"}
+        return sha256_of_json(content)[:16]
 
     def as_line(self) -> dict[str, Any]:
         """The record as it is written."""

@@ -43,6 +43,9 @@ class Codec(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def ids_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The control tokens that the tokenizer's own template puts before and after a text."""
+
 
 class Gpt2Codec:
     """GPT-2 through tiktoken."""
@@ -75,6 +78,9 @@ class Gpt2Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
+
+    def ids_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), ()
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -142,3 +148,11 @@ class JsonCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def ids_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        around = self._tokenizer.encode("", add_special_tokens=True).ids
+        if not around:
+            return (), ()
+        mask = self._tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
+        num_before = mask.index(0) if 0 in mask else len(around)
+        return tuple(around[:num_before]), tuple(around[num_before:])

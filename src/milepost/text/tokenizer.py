@@ -42,9 +42,20 @@ class Tokenizer:
         vocab_size: number of ids, the largest id + 1.
         end_of_text_id: the id that stands before each document.
         sha256: hash of the canonical tokenizer.json.
+        ids_around: what the tokenizer.json's own template puts before and after a text, as
+            Hugging Face's tokenizers do by themselves and `encode` never does.
+        beginning_id: what stands before a text that has nothing before it: the token that the
+            files call bos_token, else the first of the template, else the end-of-text token.
     """
 
-    def __init__(self, *, name: str, content: dict[str, Any], end_of_text: str) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        content: dict[str, Any],
+        end_of_text: str,
+        beginning: str | None = None,
+    ) -> None:
         vocab = _all_tokens(content)
         self.name = name
         self.vocab_size = max(vocab.values()) + 1
@@ -54,6 +65,9 @@ class Tokenizer:
         self._end_of_text = end_of_text
         self._codec = self._make_codec()
         self._num_bytes = _bytes_of_ids(content, self.vocab_size)
+        self.ids_around = self._codec.ids_around()
+        first = (*self.ids_around[0], self.end_of_text_id)[0]
+        self.beginning_id = vocab.get(beginning, first) if beginning else first
 
     def _make_codec(self) -> Codec:
         if self.sha256 == GPT2_SHA256:
@@ -150,7 +164,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return _gpt2()
     content = _parse(data, file)
     name = file.resolve().parent.name if file.name == "tokenizer.json" else file.stem
-    return Tokenizer(name=name, content=content, end_of_text=_find_end_of_text(content, file))
+    return Tokenizer(
+        name=name,
+        content=content,
+        end_of_text=_find_end_of_text(content, file),
+        beginning=_configured_token(file, "bos_token"),
+    )
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
@@ -249,7 +268,7 @@ def _all_tokens(content: dict[str, Any]) -> dict[str, int]:
 def _find_end_of_text(content: dict[str, Any], file: Path) -> str:
     """The token that ends a text, as the files beside say or by its usual names."""
     tokens = _all_tokens(content)
-    for name in (_configured_end_of_text(file), *END_OF_TEXT_NAMES):
+    for name in (_configured_token(file, "eos_token"), *END_OF_TEXT_NAMES):
         if name in tokens:
             return name
     raise DataError(
@@ -259,12 +278,13 @@ def _find_end_of_text(content: dict[str, Any], file: Path) -> str:
     )
 
 
-def _configured_end_of_text(file: Path) -> str:
+def _configured_token(file: Path, key: str) -> str:
+    """What tokenizer_config.json beside a tokenizer.json names; empty where it does not."""
     config = file.with_name("tokenizer_config.json")
     if file.name != "tokenizer.json" or not config.is_file():
         return ""
     try:
-        token = json.loads(config.read_bytes()).get("eos_token")
+        token = json.loads(config.read_bytes()).get(key)
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise DataError(f"{config} is not a JSON object: {error}") from error
     token = token.get("content") if isinstance(token, dict) else token

@@ -1,6 +1,6 @@
 """Everything a run's files say, read once into plain tables by step.
 
-Reads through `milepost.runs` only and changes nothing. Of two entries for a step the later in the
+Reads what `milepost.runs` defines and changes nothing. Of two entries for a step the later in the
 file counts; a value that is missing, not a number or not finite is None.
 """
 
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from milepost.core.errors import CheckpointError
+from milepost.core.files import read_json_lines
 from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
 from milepost.runs.overrides import config_with_overrides
 from milepost.runs.records import read_samples
+from milepost.trajectory.benchmarks import Series, main_series, series_of
 from milepost.trajectory.fields import finite, whole
 from milepost.trajectory.segments import Segment, segments_of
 
@@ -92,6 +94,7 @@ class Trajectory:
     """What the files of one run hold.
 
     Attributes:
+        benchmarks: the scores of checkpoints, in the order of the page.
         num_bad_lines: file name to lines that were skipped because they could not be read.
         other_events: kind to count, of the kinds that have no place of their own.
     """
@@ -101,6 +104,7 @@ class Trajectory:
     steps: Table
     validation: Table
     hellaswag: Table
+    benchmarks: list[Series]
     segments: list[Segment]
     checkpoints: list[Checkpoint]
     samples: list[dict[str, Any]]
@@ -123,6 +127,13 @@ class Trajectory:
         return max([*self.steps.steps[-1:], *self.validation.steps[-1:]], default=0)
 
     @property
+    def first_and_last_step(self) -> tuple[int, int]:
+        """The lowest and the highest step that has any value; the curves share one axis."""
+        steps = [step for table in (self.steps, self.validation) for step in table.steps]
+        steps += [e.step for series in self.benchmarks for e in series.evaluations]
+        return min(steps, default=0), max(steps, default=0)
+
+    @property
     def missing_steps(self) -> list[tuple[int, int]]:
         """Ranges (first, last) of steps absent between the first and the last of the history."""
         pairs = zip(self.steps.steps, self.steps.steps[1:], strict=False)
@@ -143,8 +154,11 @@ def collect(run: Path) -> Trajectory:
     config = config_with_overrides(manifest.config, history=history)
     manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
+    records, num_bad_records = read_json_lines(layout.evaluations)
+    benchmarks, num_foreign_records = series_of(records)
     bad = {
         layout.events.name: history.num_bad_lines + num_foreign,
+        layout.evaluations.name: num_bad_records + num_foreign_records,
         layout.samples.name: num_bad_samples,
     }
     return Trajectory(
@@ -152,7 +166,8 @@ def collect(run: Path) -> Trajectory:
         manifest=manifest,
         steps=_table(history.of_kind("step"), STEP_FIELDS),
         validation=_table(history.of_kind("validation"), VALIDATION_FIELDS),
-        hellaswag=_table(_hellaswag_scores(history), HELLASWAG_FIELDS),
+        hellaswag=_table(_hellaswag_scores(benchmarks), HELLASWAG_FIELDS),
+        benchmarks=benchmarks,
         segments=segments_of(history.events),
         checkpoints=_checkpoints(history.events),
         samples=samples,
@@ -190,14 +205,12 @@ def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:
     )
 
 
-def _hellaswag_scores(history: History) -> Iterable[Event]:
-    """`evaluation` events of HellaSwag with the length-normalized accuracy as plain fields."""
-    for event in history.of_kind("evaluation"):
-        metrics = event.get("metrics")
-        score = metrics.get("acc_norm") if isinstance(metrics, dict) else None
-        if event.get("benchmark") == "hellaswag" and isinstance(score, dict):
-            values = {"acc_norm": score.get("value"), "acc_norm_stderr": score.get("stderr")}
-            yield event | values
+def _hellaswag_scores(benchmarks: Sequence[Series]) -> Iterable[Event]:
+    """Rows of HellaSwag's length-normalized accuracy, of one setting only."""
+    for series in main_series(benchmarks):
+        if series.setting.benchmark == "hellaswag":
+            for step, score in series.points("acc_norm"):
+                yield {"step": step, "acc_norm": score.value, "acc_norm_stderr": score.stderr}
 
 
 def _checkpoints(events: Iterable[Event]) -> list[Checkpoint]:

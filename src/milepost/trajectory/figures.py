@@ -1,20 +1,15 @@
-"""The six panels of the paper's Figure 1, each an SVG that takes its colors from the page.
-
-The same trajectory gives the same bytes: no dates, no random ids, no settings of the user.
-"""
+"""The six panels of the paper's Figure 1."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from milepost.core.units import format_count
 from milepost.trajectory.collect import Table, Trajectory
+from milepost.trajectory.drawing import PLACEHOLDERS, Frame, draw_svg, scale_steps, tick_text
 from milepost.trajectory.lines import Line, line_of
 
 WIDTH, HEIGHT = 420, 240
@@ -26,16 +21,6 @@ LOG_SCALE_FROM_RATIO = 20
 
 MIN_LABEL_DISTANCE = 0.16
 """Of the axis; labels of resumes that are nearer to each other would overlap."""
-
-# Colors that stand for the page's; replaced by its variables, so that one SVG serves light,
-# dark and paper.
-_PLACEHOLDERS = {
-    "line": "#010101",
-    "mark": "#020202",
-    "muted": "#030303",
-    "grid": "#040404",
-    "tick": "#050505",
-}
 
 
 @dataclass(frozen=True)
@@ -211,52 +196,17 @@ def _svg(
     description: str,
     is_log_scale: bool,
 ) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # The user's own matplotlib settings must not reach the report.
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": f"milepost-{kind.key}"})
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-        figure.subplots_adjust(left=0.125, right=0.985, top=0.91, bottom=0.105)
-        axes = figure.add_subplot()
+    def draw(axes: Any) -> None:
         _draw_line(axes, line, is_dotted=len(points) <= MAX_MARKED_POINTS)
         _scale(axes, kind, trajectory, is_log_scale=is_log_scale)
         _mark_resumes(axes, trajectory)
         _mark_checkpoints(axes, trajectory)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_the_page(buffer.getvalue(), kind, description=description)
 
-
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.edgecolor": _PLACEHOLDERS["grid"],
-    "axes.labelcolor": _PLACEHOLDERS["muted"],
-    "axes.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _PLACEHOLDERS["grid"],
-    "grid.linewidth": 0.8,
-    "xtick.color": _PLACEHOLDERS["muted"],
-    "ytick.color": _PLACEHOLDERS["muted"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.pad": 6,
-    "ytick.major.pad": 5,
-}
+    return draw_svg(Frame(kind.key, kind.title, description, WIDTH, HEIGHT), draw=draw)
 
 
 def _draw_line(axes: Any, line: Line, *, is_dotted: bool) -> None:
-    color = _PLACEHOLDERS["line"]
+    color = PLACEHOLDERS["line"]
     if line.low is not None:
         axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
     style = {"marker": "o", "markersize": 4} if is_dotted else {}
@@ -267,11 +217,7 @@ def _draw_line(axes: Any, line: Line, *, is_dotted: bool) -> None:
 def _scale(axes: Any, kind: PanelKind, trajectory: Trajectory, *, is_log_scale: bool) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    first, last = _first_and_last_step(trajectory)
-    margin = 0.02 * (last - first) or 0.5
-    axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    scale_steps(axes, trajectory.first_and_last_step)
     if is_log_scale:
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -282,19 +228,6 @@ def _scale(axes: Any, kind: PanelKind, trajectory: Trajectory, *, is_log_scale: 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
 
 
-def tick_text(value: float) -> str:
-    """A number beside an axis: 0.003, 2.5, 12 K, 1e+09."""
-    if abs(value) >= 1e12:
-        return f"{value:.0e}"
-    return format_count(value) if abs(value) >= 10_000 else f"{value:,.6g}".replace("-", "−")
-
-
-def _first_and_last_step(trajectory: Trajectory) -> tuple[int, int]:
-    tables = (trajectory.steps, trajectory.validation, trajectory.hellaswag)
-    steps = [step for table in tables for step in (*table.steps[:1], *table.steps[-1:])]
-    return min(steps), max(steps)
-
-
 def _mark_resumes(axes: Any, trajectory: Trajectory) -> None:
     resumes: dict[int, list[int]] = {}
     for segment in trajectory.segments:
@@ -303,7 +236,7 @@ def _mark_resumes(axes: Any, trajectory: Trajectory) -> None:
     first, last = axes.get_xlim()
     labeled_until = -1.0
     for step, numbers in sorted(resumes.items()):
-        axes.axvline(step, color=_PLACEHOLDERS["mark"], linewidth=1, dashes=(3, 2.5), zorder=1)
+        axes.axvline(step, color=PLACEHOLDERS["mark"], linewidth=1, dashes=(3, 2.5), zorder=1)
         place = (step - first) / (last - first)
         if place >= labeled_until and 0 <= place <= 1:
             labeled_until = place + MIN_LABEL_DISTANCE
@@ -320,7 +253,7 @@ def _label_resume(axes: Any, place: float, numbers: list[int]) -> None:
         name,
         transform=axes.transAxes,
         ha="center",
-        color=_PLACEHOLDERS["mark"],
+        color=PLACEHOLDERS["mark"],
         size=9.5,
     )
 
@@ -339,25 +272,4 @@ def _mark_checkpoints(axes: Any, trajectory: Trajectory) -> None:
     across = axes.get_xaxis_transform()
     # Many ticks stay apart only if they are thin.
     width = min(1.2, 150 / max(1, len(steps)))
-    axes.plot(x, y, transform=across, color=_PLACEHOLDERS["tick"], linewidth=width, gid="ticks")
-
-
-def _for_the_page(svg: str, kind: PanelKind, *, description: str) -> str:
-    """The drawing as an element of the page: named, scalable, with the page's colors and fonts."""
-    body = svg[svg.index("<svg") :].strip()
-    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style type=\"text/css\">.*?</style>", "", body, flags=re.DOTALL)
-    # Matplotlib 3.8 writes one `font` property, later ones write several.
-    body = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r" transform=\"rotate\(-0 [^\"]*\"", "", body)
-    body = re.sub(r"(id=\"|xlink:href=\"#|url\(#)", rf"\g<1>{kind.key}-", body)
-    for name, color in _PLACEHOLDERS.items():
-        body = body.replace(color, f"var(--{name})")
-    head = (
-        f'<svg role="img" aria-labelledby="{kind.key}-title {kind.key}-description"'
-        f' viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f'<title id="{kind.key}-title">{kind.title}</title>'
-        f'<desc id="{kind.key}-description">{description}</desc>'
-    )
-    return head + body[body.index(">") + 1 :]
+    axes.plot(x, y, transform=across, color=PLACEHOLDERS["tick"], linewidth=width, gid="ticks")

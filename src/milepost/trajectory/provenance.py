@@ -30,14 +30,14 @@ def recipe_toml(config: Config) -> str:
     """The resolved config as a recipe: `milepost train` takes it as it is."""
     sections = []
     for section, fields in as_plain(config).items():
-        lines = [f"{name} = {_toml_value(v)}" for name, v in fields.items() if v is not None]
+        lines = [f"{name} = {_toml_value(value)}" for name, value in fields.items()]
         sections.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(sections) + "\n"
 
 
 def _toml_value(value: Any) -> str:
     if value is None:
-        return "none"
+        return '"none"'
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
     # JSON writes numbers, texts and truth values as TOML does, but for one character.

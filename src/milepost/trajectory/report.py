@@ -9,6 +9,7 @@ from typing import Any
 from milepost.core.errors import UsageError
 from milepost.core.files import write_atomically
 from milepost.trajectory import provenance, rows, samples, summary
+from milepost.trajectory.benchmark_figures import draw_benchmarks
 from milepost.trajectory.collect import Trajectory, collect
 from milepost.trajectory.data_files import data_files
 from milepost.trajectory.figures import draw_panels
@@ -88,9 +89,13 @@ def _context(trajectory: Trajectory, prefix: str) -> dict[str, Any]:
         "folder": trajectory.layout.name,
         "paragraphs": summary.paragraphs(trajectory),
         "panels": draw_panels(trajectory),
+        "benchmark_panels": draw_benchmarks(trajectory),
+        "benchmark_metrics": {m for s in trajectory.benchmarks for m in s.latest.scores},
+        "benchmarks": rows.benchmark_rows(trajectory.benchmarks),
         "has_resumes": any(s.resumed_at is not None for s in trajectory.segments),
         "groups": groups,
         "num_more_groups": num_more_groups,
+        "has_repetition": any(c.repetition for group in groups for c in group.completions),
         "losses": dict(trajectory.validation.points("loss_nats")),
         "segments": rows.segment_rows(trajectory.segments),
         "num_segments": len(trajectory.segments),

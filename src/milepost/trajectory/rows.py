@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milepost.core.units import format_bytes, format_duration
+from milepost.trajectory.benchmarks import Series
 from milepost.trajectory.collect import Checkpoint
 from milepost.trajectory.fields import text
 from milepost.trajectory.segments import Segment
@@ -44,6 +45,25 @@ class CheckpointRow:
     sha256: str
 
 
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """The latest score of one benchmark and setting; every field is text for people."""
+
+    name: str
+    setting: str
+    step: str
+    acc: str
+    acc_norm: str
+    chance: str
+    majority: str
+    verdict: str
+
+
+def benchmark_rows(benchmarks: Sequence[Series]) -> list[BenchmarkRow]:
+    """A row a series, in the order of the page."""
+    return [_benchmark_row(series) for series in benchmarks]
+
+
 def segment_rows(segments: Sequence[Segment]) -> list[SegmentRow]:
     """Rows of the newest segments, in order."""
     shown = segments[-MAX_SEGMENT_ROWS:]
@@ -63,6 +83,28 @@ def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[CheckpointRow]:
         )
         for c in checkpoints[-MAX_CHECKPOINT_ROWS:]
     ]
+
+
+def _benchmark_row(series: Series) -> BenchmarkRow:
+    latest = series.latest
+    verdicts = {True: "yes", False: "no", None: UNKNOWN}
+    words = series.words
+    if latest.num_truncated:
+        words += f", {plural(latest.num_truncated, 'context')} cut"
+    return BenchmarkRow(
+        name=series.setting.name,
+        setting=words,
+        step=f"{latest.step:,}",
+        acc=str(latest.scores.get("acc", "–")),
+        acc_norm=str(latest.scores.get("acc_norm", "–")),
+        chance=_level(latest.chance),
+        majority=_level(latest.majority),
+        verdict=verdicts[latest.beats_guessing],
+    )
+
+
+def _level(fraction: float | None) -> str:
+    return UNKNOWN if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _segment_row(segment: Segment, *, is_last: bool) -> SegmentRow:

@@ -22,11 +22,13 @@ class Completion:
 
     Attributes:
         num_cut_characters: left off at the end.
+        repetition: how much it repeats itself, in words; a line each, none where nobody counted.
     """
 
     step: int
     text: str
     num_cut_characters: int
+    repetition: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ def sample_groups(
         records: lines of samples.jsonl in file order.
         prompts: the run's own, which come first.
     """
-    by_key: dict[tuple[str, str], dict[int, str]] = {}
+    by_key: dict[tuple[str, str], dict[int, tuple[str, Any]]] = {}
     for record in records:
         step, prompt = whole(record.get("step")), text(record.get("prompt"))
         completion = text(record.get("completion"))
         if step is None or prompt is None or completion is None:
             continue
-        by_key.setdefault((prompt, _decoding_in_words(record)), {})[step] = completion
+        of_prompt = by_key.setdefault((prompt, _decoding_in_words(record)), {})
+        of_prompt[step] = (completion, record.get("quality"))
     place = {prompt: number for number, prompt in enumerate(prompts)}
     # A stable sort: prompts that are not the run's own stay in the order they were recorded.
     keys = sorted(by_key, key=lambda key: place.get(key[0], len(place)))
@@ -72,7 +75,7 @@ def sample_groups(
             prompt=prompt if len(prompt) <= limit else prompt[:limit] + "…",
             decoding=decoding,
             completions=[
-                _completion(step, by_key[prompt, decoding][step], limit=limit)
+                _completion(step, *by_key[prompt, decoding][step], limit=limit)
                 for step in spread[prompt, decoding]
             ],
             num_recorded=len(by_key[prompt, decoding]),
@@ -91,12 +94,23 @@ def evenly_spread(steps: list[int]) -> list[int]:
     return [steps[place] for place in sorted(places)]
 
 
-def _completion(step: int, written: str, *, limit: int) -> Completion:
+def _completion(step: int, written: str, quality: Any, *, limit: int) -> Completion:
     # The first space or line end joins the completion to its prompt; runs of blank lines tell
     # nothing.
     calm = re.sub(r"\n{3,}", "\n\n", written.replace("\r\n", "\n").removeprefix(" "))
     calm = calm.lstrip("\n")
-    return Completion(step, calm[:limit], max(0, len(calm) - limit))
+    num_cut = max(0, len(calm) - limit)
+    return Completion(step, calm[:limit], num_cut, repetition=_repetition_in_words(quality))
+
+
+def _repetition_in_words(quality: Any) -> tuple[str, ...]:
+    values = quality if isinstance(quality, dict) else {}
+    lines = []
+    if (repeated := finite(values.get("repeated_4gram_fraction"))) is not None:
+        lines.append(f"repeats {100 * repeated:.0f} %")
+    if (distinct := finite(values.get("distinct_2"))) is not None:
+        lines.append(f"distinct-2 {distinct:.2f}")
+    return tuple(lines)
 
 
 def _decoding_in_words(record: dict[str, Any]) -> str:

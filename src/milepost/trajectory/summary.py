@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 from milepost.core.units import format_count, format_duration
+from milepost.trajectory.benchmarks import Series, main_series
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.segments import Segment
 
@@ -37,6 +39,7 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
         [_progress(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
         _exactness(trajectory.segments),
         [_validation(trajectory), _speed(trajectory)],
+        _benchmarks(trajectory),
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
     return [" ".join(sentences) for sentences in written if sentences]
@@ -61,6 +64,7 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
         "equal_steps": sum(replay.equal for replay in replays),
         "first_validation": _as_point(losses[:1], bits[:1]),
         "last_validation": _as_point(losses[-1:], bits[-1:]),
+        "benchmarks": [_as_score(series) for series in trajectory.benchmarks],
         "median_tokens_per_second": median_speed(trajectory),
         "training_seconds": sum(s.training_seconds for s in trajectory.segments),
         "wall_seconds": wall_seconds(trajectory.segments),
@@ -120,6 +124,21 @@ def _as_point(losses: Sequence[Any], bits: Sequence[Any]) -> dict[str, Any] | No
     step, loss = losses[0]
     same = bits and bits[0][0] == step
     return {"step": step, "loss_nats": loss, "bits_per_byte": bits[0][1] if same else None}
+
+
+def _as_score(series: Series) -> dict[str, Any]:
+    setting, latest = series.setting, series.latest
+    return {
+        "benchmark": setting.benchmark,
+        "num_fewshot": setting.num_fewshot,
+        "limit": setting.limit,
+        "dtype": setting.dtype,
+        "step": latest.step,
+        "n": latest.num_items,
+        "metrics": {name: asdict(score) for name, score in latest.scores.items()},
+        "chance": latest.chance,
+        "majority": latest.majority,
+    }
 
 
 def _progress(trajectory: Trajectory) -> str:
@@ -239,6 +258,41 @@ def _validation(trajectory: Trajectory) -> str:
     if lowest[1] < last[1]:
         told += f"; the lowest was {lowest[1]:.4f} at step {lowest[0]:,}"
     return told + "."
+
+
+def _benchmarks(trajectory: Trajectory) -> list[str]:
+    told = main_series(trajectory.benchmarks)
+    if not told:
+        return []
+    by_name = {series.setting.benchmark: series for series in told}
+    sentences = [_course(by_name.get("hellaswag") or by_name.get("heldout") or told[0])]
+    if len(told) > 1:
+        for beats, words in _VERDICTS.items():
+            names = [s.setting.name for s in told if s.latest.beats_guessing is beats]
+            if names:
+                sentences.append(f"{words}: {enumerate_words(names)}.")
+    return sentences
+
+
+_VERDICTS = {
+    True: "At the latest step, more than two standard errors above chance and majority",
+    False: "Below that",
+    None: "Without a standard error or a chance to compare with",
+}
+
+
+def _course(series: Series) -> str:
+    first, latest = series.evaluations[0], series.latest
+    metric, guessing = latest.main_metric, latest.guessing
+    told = f"{series.setting.name} ({series.words}): {metric} "
+    if first is latest or metric not in first.scores:
+        told += f"was {latest.main_score} at step {latest.step:,}"
+    else:
+        told += f"went from {first.scores[metric]} at step {first.step:,}"
+        told += f" to {latest.main_score} at step {latest.step:,}"
+    return told + (
+        f"; guessing gives at best {100 * guessing:.1f} %." if guessing is not None else "."
+    )
 
 
 def _speed(trajectory: Trajectory) -> str:

@@ -1,0 +1,82 @@
+"""Evaluation records as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Line = dict[str, Any]
+METRICS = ("acc", "acc_norm")
+
+
+def tables(lines: Sequence[Line]) -> list[str]:
+    """A table a checkpoint; where there are many checkpoints, a table a task."""
+    models = {_model_of(line): None for line in lines}
+    if len(models) <= 1:
+        return [part for model in models for part in _of_model(model, lines)]
+    tasks = {line["benchmark"]: None for line in lines}
+    return [
+        part
+        for task in tasks
+        for part in _of_task(task, [line for line in lines if line["benchmark"] == task])
+    ]
+
+
+def _of_model(model: str, lines: Sequence[Line]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("task", "items", *METRICS, "chance", "majority", "")]
+    for line in lines:
+        levels = (_fraction(line["chance"]), _fraction(line["majority"]))
+        scores = (_score(line, name) for name in METRICS)
+        rows.append((line["benchmark"], f"{line['n']:,}", *scores, *levels, _remark(line)))
+    return [f"{model}, {_settings(lines)}", *aligned(rows), ""]
+
+
+def _of_task(task: str, lines: Sequence[Line]) -> list[str]:
+    first = lines[0]
+    levels = f"chance {_fraction(first['chance'])}, majority {_fraction(first['majority'])}"
+    rows: list[tuple[str, ...]] = [("", *METRICS, "")]
+    for line in lines:
+        scores = (_score(line, name) for name in METRICS)
+        rows.append((_model_of(line), *scores, _remark(line)))
+    head = f"{task}: {first['n']:,} items, {levels}, {_settings(lines)}"
+    return [head, *aligned(rows), ""]
+
+
+def _model_of(line: Line) -> str:
+    return f"step {line['step']}" if line["step"] is not None else "the model"
+
+
+def _settings(lines: Iterable[Line]) -> str:
+    dtypes = {line["dtype"]: None for line in lines}
+    shots = {line["num_fewshot"]: None for line in lines}
+    limits = {line["limit"]: None for line in lines}
+    first = "".join(f", the first {limit:,} items" for limit in limits if limit is not None)
+    return f"{' and '.join(dtypes)}, {' and '.join(map(str, shots))}-shot{first}"
+
+
+def _score(line: Line, name: str) -> str:
+    score = line["metrics"].get(name)
+    if score is None:
+        return "-"
+    error = score["stderr"]
+    return _fraction(score["value"]) + ("" if error is None else f" ± {error:.4f}")
+
+
+def _fraction(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _remark(line: Line) -> str:
+    cut = line["num_truncated"]
+    return f"{cut:,} contexts cut to fit" if cut else ""
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns two blanks apart, the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join(["", *cells, row[-1]]).rstrip())
+    return lines

@@ -1,0 +1,36 @@
+"""One rank, two and four give the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import (
+    logged_steps,
+    train,
+    train_here,
+    validations,
+    weights_sha256,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.mark.parametrize(("lanes", "ranks"), [("2", "2"), ("4", "4")])
+def test_any_number_of_ranks_gives_the_bits_of_one(
+    recipe: Path, tiny_data: Path, tmp_path: Path, lanes: str, ranks: str
+) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    words = ("--train.lanes", lanes, "--train.stop_at_step", "10")
+    train_here(recipe, one, tiny_data, *words)
+    result = train(recipe, many, tiny_data, *words, "--ranks", ranks)
+    assert result.returncode == 0, result.stderr
+    assert sorted(logged_steps(many)) == list(range(1, 11))
+    assert logged_steps(many) == logged_steps(one)
+    assert validations(many) == validations(one)
+    assert weights_sha256(many, 10) == weights_sha256(one, 10)

@@ -1,0 +1,249 @@
+"""Retention: the last good train state always stays, and the disk is never fuller than planned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milepost.config.recipe import load_recipe
+from milepost.config.schema import CheckpointSection
+from milepost.core.errors import CheckpointError, StorageError
+from milepost.core.files import folder_bytes
+from milepost.planner import memory
+from milepost.planner.memory import DiskEstimate, estimate_disk
+from milepost.train import saving
+from tests.training import environment, events, train_here, write_recipe
+from tests.unit.test_saving import ROOT, TinyRun, assert_equal
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_good_train_state_stays_until_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    run = TinyRun(tmp_path, keep=keep)
+    run.save_all(1, 2)
+    before = run.saved(2)
+    # At every rename of the next save, that which publishes it included.
+    seen: list[bool] = []
+    really = Path.rename
+
+    def look(path: Path, target: Path) -> Path:
+        seen.append((run.layout.checkpoint(2) / "train_state" / "manifest.json").is_file())
+        return really(path, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    run.save_all(3)
+    assert len(seen) >= 2 and all(seen[:-1]), "only the last may be the one that drops it"
+    monkeypatch.undo()
+    assert 3 in run.train_states() and len(run.train_states()) == keep
+    if keep == 2:
+        assert_equal(run.saved(2), before)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_that_may_not_have_reached_the_disk_makes_no_other_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    run = TinyRun(tmp_path, keep=keep)
+    run.save_all(1, 2)
+    held = run.train_states()
+    publish = saving.save_checkpoint
+
+    def fail_after_publishing(*arguments: Any, **options: Any) -> Any:
+        publish(*arguments, **options)
+        raise StorageError("cannot write: input/output error")  # the rename was not forced
+
+    monkeypatch.setattr(saving, "save_checkpoint", fail_after_publishing)
+    with pytest.raises(StorageError, match="input/output error"):
+        run.save_all(3)
+    assert run.train_states() == [*held, 3]
+    assert run.recorded("train_state_dropped") == ([1] if keep == 1 else [])
+
+
+def test_a_train_state_that_nobody_vouches_for_makes_no_other_go(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, keep=2)
+    run.save_all(1, 2)
+    run.writer.good_step = 1
+    run.writer.config = CheckpointSection(keep_train_state=1)
+    assert run.writer.drop_old() == []
+    assert run.train_states() == [1, 2]
+
+
+KEEP_ONE = ("--checkpoint.keep_train_state", "1")
+
+
+def train_states(run: Path) -> list[int]:
+    """Steps whose folder has a train state."""
+    found = (run / "checkpoints").glob("step-*/train_state")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+
+def test_the_only_train_state_is_never_dropped_for_a_damaged_one(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """keep=1: the newest is damaged after it was written, the next save fails, then all is well."""
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    two = ("--checkpoint.keep_train_state", "2", "--train.stop_at_step", "10")
+    train_here(recipe, run, tiny_data, *two)
+    damaged = run / "checkpoints" / "step-00000010" / "train_state" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise StorageError("cannot write: no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_checkpoint", fail)
+        with pytest.raises(StorageError, match="no space left"):
+            train_here(recipe, run, tiny_data, *KEEP_ONE)
+    assert [event["step"] for event in events(run, "checkpoint_quarantined")] == [10]
+    assert train_states(run) == [5]
+    train_here(recipe, run, tiny_data, *KEEP_ONE)
+    assert train_states(run) == [30]
+    (replayed,) = events(run, "replayed")[-1:]
+    assert replayed["equal"] == replayed["compared"] > 0
+
+
+def test_where_the_only_train_state_is_damaged_nothing_starts_over(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    train_here(recipe, run, tiny_data, *KEEP_ONE, "--train.stop_at_step", "10")
+    assert train_states(run) == [10]
+    shutil.rmtree(run / "checkpoints" / "step-00000010" / "train_state")
+    with pytest.raises(CheckpointError, match="none of the 2 recorded checkpoints can be used"):
+        train_here(recipe, run, tiny_data, *KEEP_ONE)
+
+
+class FullestDisk:
+    """The most bytes that ever lay under a folder: looked at before each file goes.
+
+    Between two deletions a folder only grows, so nothing larger is missed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.num_bytes = 0
+
+    def look(self) -> None:
+        self.num_bytes = max(self.num_bytes, folder_bytes(self._folder))
+
+
+@pytest.fixture
+def fullest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FullestDisk]:
+    """Of the folder `run`."""
+    fullest = FullestDisk(tmp_path / "run")
+    really = os.unlink
+
+    def unlink(*arguments: Any, **options: Any) -> None:
+        fullest.look()
+        really(*arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    yield fullest
+
+
+@pytest.fixture
+def tight_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files as small as those of the tiny model, so that one tensor too many is seen."""
+    monkeypatch.setattr(memory, "FOLDER_BYTES", 48 << 10)
+    monkeypatch.setattr(memory, "LOG_BYTES", 16 << 10)
+
+
+def plan_of(recipe: Path, *overrides: str) -> DiskEstimate:
+    return estimate_disk(load_recipe(str(recipe), overrides=("--data.path", "x", *overrides)))
+
+
+RETENTIONS = [
+    (),
+    KEEP_ONE,
+    ("--checkpoint.keep_train_state", "3"),
+    ("--checkpoint.keep_train_state_every_steps", "10"),
+    (*KEEP_ONE, "--checkpoint.weights_dtype", "bfloat16"),
+]
+
+
+@pytest.mark.usefixtures("tight_plan")
+@pytest.mark.parametrize("options", RETENTIONS)
+def test_the_disk_is_never_fuller_than_planned(
+    tmp_path: Path, tiny_data: Path, fullest: FullestDisk, options: tuple[str, ...]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    disk = plan_of(recipe, *options)
+    train_here(recipe, tmp_path / "run", tiny_data, *options)
+    fullest.look()
+    assert disk.peak_bytes - disk.train_state_bytes < fullest.num_bytes <= disk.peak_bytes
+    assert folder_bytes(tmp_path / "run") <= disk.run_bytes
+
+
+# Where a kill comes, and at which call: the last save but one has written its model file, is to
+# be published, is whole while nothing older is dropped, is in the middle of the drop.
+KILLS = [
+    ("milepost.checkpoint.store", "_write_train_state", 5),
+    ("milepost.checkpoint.store", "publish_folder", 5),
+    ("milepost.train.saving", "drop_old_train_states", 6),
+    ("shutil", "rmtree", 9),
+]
+
+
+@pytest.mark.usefixtures("tight_plan")
+@pytest.mark.parametrize(("module", "name", "when"), KILLS)
+def test_the_disk_is_never_fuller_than_planned_after_a_kill_inside_a_save(
+    tmp_path: Path,
+    tiny_data: Path,
+    fullest: FullestDisk,
+    module: str,
+    name: str,
+    when: int,
+) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            _KILLED,
+            module,
+            name,
+            str(when),
+            *map(str, (recipe, run, tiny_data)),
+        ],
+        env=environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "step 20  checkpoint saved" in killed.stderr
+    fullest.look()
+    train_here(recipe, run, tiny_data, *KEEP_ONE)
+    fullest.look()
+    assert fullest.num_bytes <= plan_of(recipe, *KEEP_ONE).peak_bytes
+    assert train_states(run) == [30]
+    litter = [path.name for path in (run / "checkpoints").iterdir() if path.name[0] == "."]
+    assert litter == []
+
+
+_KILLED = """
+import importlib, os, signal, sys
+from pathlib import Path
+from tests.training import train_here
+
+module, name, when, recipe, run, data = sys.argv[1:]
+module = importlib.import_module(module)
+really, calls = getattr(module, name), []
+
+def kill(*arguments, **options):
+    calls.append(1)
+    if len(calls) == int(when):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return really(*arguments, **options)
+
+setattr(module, name, kill)
+train_here(Path(recipe), Path(run), Path(data), "--checkpoint.keep_train_state", "1")
+"""
