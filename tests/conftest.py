@@ -50,6 +50,12 @@ def no_training_left_behind() -> Iterator[None]:
     kill_started()
 
 
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that lose no power and write many small folders, which would wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data of made-up English: 512 tokens of vocabulary, training and validation."""

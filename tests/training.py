@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,9 @@ every_steps = 5
 every_steps = 10
 tokens = 600
 """
+
+SHIPPED = ("--train.precision", "bfloat16", "--train.compile", "true")
+"""What the packaged recipes come to on this machine; the tiny recipe itself is quicker to start."""
 
 COMPARED = ("loss_nats", "grad_norm", "learning_rate", "batch_sha256", "tokens_seen", "data_step")
 
@@ -98,6 +104,36 @@ def start(recipe: Path, run: Path, data: Path, *more: str) -> subprocess.Popen[s
 _started: list[subprocess.Popen[str]] = []
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started and that are there now."""
+    answer = subprocess.run(
+        ["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True
+    )
+    return [int(word) for word in answer.stdout.split()]
+
+
+def wait_for_children(pid: int, *, count: int) -> list[int]:
+    """As `children_of`, as soon as there are so many."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        children = children_of(pid)
+        if len(children) >= count:
+            return children
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} has not started {count} others in 30 s")
+
+
+def wait_until_gone(pids: Sequence[int], *, timeout: float = 15) -> None:
+    """Returns when none of the processes is there any more."""
+    deadline = time.monotonic() + timeout
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.kill(pid, 0)
+                time.sleep(0.02)
+            raise AssertionError(f"process {pid} is still there after {timeout} s")
+
+
 def kill_started() -> None:
     """Ends every process group of `start` that is still there."""
     while _started:
@@ -112,6 +148,67 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+@dataclass(frozen=True)
+class Course:
+    """A training with its settings, and the run of it that nothing happened to.
+
+    Attributes:
+        words: the settings, as on the command line.
+        undisturbed: a run folder, at the last step.
+    """
+
+    recipe: Path
+    data: Path
+    words: tuple[str, ...]
+    undisturbed: Path
+
+    @property
+    def last_step(self) -> int:
+        """Where the undisturbed run ended."""
+        return max(logged_steps(self.undisturbed))
+
+    def command(self, run: Path, *more: str) -> list[str]:
+        """The command line of a segment."""
+        return command(self.recipe, run, self.data, *self.words, *more)
+
+    def start(self, run: Path, *more: str) -> subprocess.Popen[str]:
+        """Starts a segment, to be disturbed."""
+        return start(self.recipe, run, self.data, *self.words, *more)
+
+    def train(self, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        """Runs a segment to its end."""
+        return train(self.recipe, run, self.data, *self.words, *more)
+
+    def train_here(self, run: Path, *more: str) -> Any:
+        """Runs a segment in this process."""
+        return train_here(self.recipe, run, self.data, *self.words, *more)
+
+    def finish(self, run: Path) -> None:
+        """Goes on to the last step on one rank, and holds the run against the undisturbed one."""
+        self.train_here(run)
+        self.check(run)
+
+    def check(self, run: Path) -> None:
+        """That every number of every step, the weights and the moments are the undisturbed run's,
+        that no step is missing and that what was run again was the same each time.
+        """
+        steps, expected = logged_steps(run), logged_steps(self.undisturbed)
+        assert sorted(steps) == list(range(1, self.last_step + 1))
+        assert [step for step in steps if steps[step] != expected[step]] == []
+        assert validations(run).items() >= validations(self.undisturbed).items()
+        last = self.last_step
+        assert weights_sha256(run, last) == weights_sha256(self.undisturbed, last)
+        for replayed in events(run, "replayed"):
+            assert replayed["equal"] == replayed["compared"] > 0
+        names = [path.name for path in (run / "checkpoints").iterdir()]
+        assert [name for name in names if not name.startswith("step-")] == [], "litter"
+
+
+def validations(run: Path) -> dict[int, str]:
+    """Step to its validation loss, as hex."""
+    return {event["step"]: event["loss_nats"].hex() for event in events(run, "validation")}
+
+
 def wait_for_step(run: Path, step: int, *, timeout: float = 60) -> None:
     """Returns as soon as the history holds a step at least as late."""
     deadline = time.monotonic() + timeout
@@ -122,8 +219,8 @@ def wait_for_step(run: Path, step: int, *, timeout: float = 60) -> None:
     raise AssertionError(f"step {step} was not reached in {timeout} s")
 
 
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Whole events of one kind, in file order."""
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Whole events of these kinds, in file order."""
     path = run / "events.jsonl"
     if not path.exists():
         return []
@@ -133,7 +230,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if event["kind"] == kind:
+        if event["kind"] in kinds:
             found.append(event)
     return found
 

@@ -29,6 +29,7 @@ def steps_to_drop(steps: list[int], *, keep: int, every_steps: int | None) -> li
 def drop_old_train_states(
     layout: RunLayout,
     *,
+    good_step: int,
     keep: int,
     every_steps: int | None,
     record: Callable[[int], None],
@@ -36,10 +37,14 @@ def drop_old_train_states(
     """Drops train states by the rule of `steps_to_drop`; weights always stay.
 
     Each is recorded, renamed away, then deleted, so that a missing one is never taken for damage.
+    A train state that nobody vouches for counts for nothing: it neither goes nor makes another
+    one go, so that the newest good one always stays.
 
     Args:
         layout: the run folder.
-        keep: the newest that stay.
+        good_step: the newest step whose train state is known to be whole; later ones are not
+            looked at.
+        keep: the newest that stay, that of `good_step` among them; 1 at least.
         every_steps: multiples of it stay too.
         record: called with each step before its train state goes; on the disk when it returns.
 
@@ -49,7 +54,11 @@ def drop_old_train_states(
     Raises:
         StorageError: the folder cannot be changed.
     """
-    with_state = [s for s, f in checkpoint_folders(layout) if (f / STATE_FOLDER).is_dir()]
+    with_state = [
+        step
+        for step, folder in checkpoint_folders(layout)
+        if step <= good_step and (folder / STATE_FOLDER).is_dir()
+    ]
     dropped = steps_to_drop(with_state, keep=keep, every_steps=every_steps)
     for step in dropped:
         doomed = layout.checkpoints / f".deleted-{STATE_FOLDER}-{step:08d}"

@@ -6,6 +6,7 @@ seed and the step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def progress_from_plain(values: Any, *, where: str) -> Progress:
     """Reads back what `Progress.as_plain` wrote.
 
     Raises:
-        CheckpointError: a field is missing, unknown or of another type.
+        CheckpointError: a field is missing, unknown, of another type or out of range.
     """
     try:
         progress = Progress(**values)
@@ -68,6 +69,7 @@ def progress_from_plain(values: Any, *, where: str) -> Progress:
         raise CheckpointError(f"{where} is not a train state: {error}") from error
     for name, value in asdict(progress).items():
         expected = type(getattr(Progress(), name))
-        if not isinstance(value, expected if expected is int else int | float):
+        is_number = isinstance(value, expected if expected is int else int | float)
+        if not is_number or not 0 <= value < math.inf:
             raise CheckpointError(f"{where}: {name} is {value!r}")
     return progress

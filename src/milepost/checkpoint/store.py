@@ -38,14 +38,15 @@ from milepost.core.files import (
     system_error,
     write_json,
 )
+from milepost.planner.memory import checkpoint_bytes
 from milepost.runs.layout import RunLayout
 
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "train_state"
 MANIFEST = "manifest.json"
-SPARE_BYTES = 8 << 20
-"""Room for the small files and the event log when a save is judged to fit."""
+SPARE_BYTES = 4 << 20
+"""Room for the event log and the file system's own when a save is judged to fit."""
 
 _VERSION_HINT = "use the version of Milepost that wrote it, or a later one"
 _TEMPORARY = re.compile(r"^\.(saving|deleted)-")
@@ -157,14 +158,14 @@ def _write_manifest(folder: Path, head: dict[str, Any]) -> str:
 
 
 def needed_bytes(num_parameters: int, *, weights_dtype: str) -> int:
-    """Bytes that must be free for one checkpoint: weights, both moments, and some to spare.
+    """Bytes that must be free for one checkpoint, some to spare among them.
 
     Args:
         num_parameters: of the model.
-        weights_dtype: of the model file; with "bfloat16" the float32 masters come on top.
+        weights_dtype: of the model file.
     """
-    weights_bytes = 4 if weights_dtype == "float32" else 2 + 4
-    return num_parameters * (weights_bytes + 2 * 4) + SPARE_BYTES
+    planned = checkpoint_bytes(num_parameters, weights_dtype=weights_dtype)
+    return planned.weights_bytes + planned.train_state_bytes + SPARE_BYTES
 
 
 def refuse_if_full(layout: RunLayout, *, state_bytes: int) -> None:
@@ -310,17 +311,22 @@ def load_train_state(folder: Path) -> TrainState:
         StorageError: a file cannot be read.
     """
     states = folder / STATE_FOLDER
-    numbers = read_json(states / "state.json", error=CheckpointError)
+    place = states / "state.json"
+    numbers = read_json(place, error=CheckpointError)
+    step = read_json(states / MANIFEST, error=CheckpointError)["step"]
     masters = states / "masters.safetensors"
     try:
+        progress = progress_from_plain(numbers["progress"], where=str(place))
+        if progress.step != step:
+            raise CheckpointError(f"{place} is of step {progress.step}, its manifest of {step}")
         return TrainState(
-            progress=progress_from_plain(numbers["progress"], where=str(states / "state.json")),
+            progress=progress,
             weights=_read_tensors(masters if masters.exists() else folder / MODEL_FILE),
             moments=_read_tensors(states / "optimizer.safetensors"),
             optimizer_step=int(numbers["optimizer_step"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{states / 'state.json'} lacks {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{place} is not a train state: {error!r}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

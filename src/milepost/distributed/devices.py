@@ -7,7 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from milepost.core.environment import num_available_cores
+from milepost.core.environment import memory_bytes, num_available_cores
 from milepost.core.errors import UsageError
 
 _SIGNS_OF_A_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
@@ -62,6 +62,27 @@ def choose_ranks(*, requested: int | None, lanes: int, num_gpus: int) -> int:
             f"--ranks {requested} needs as many GPUs, this machine has {num_gpus}",
             hint=f"use --ranks {max(n for n in divisors if n <= num_gpus)}",
         )
+    return requested
+
+
+def choose_scoring_ranks(*, requested: int | None, num_gpus: int, rank_bytes: int) -> int:
+    """Processes that share the scoring of models: any number gives the same numbers.
+
+    Args:
+        requested: from the command line, None for the default: one a GPU, or one a core as far
+            as half of the memory goes.
+        num_gpus: 0 means that the CPU does the work, one thread a rank.
+        rank_bytes: memory of one process.
+
+    Raises:
+        UsageError: there cannot be so many.
+    """
+    if requested is None:
+        fitting = (memory_bytes() or 0) // 2 // max(rank_bytes, 1)
+        return num_gpus or max(1, min(num_available_cores(), fitting))
+    if requested < 1 or (num_gpus and requested > num_gpus):
+        most = f"1 to {num_gpus}, one a GPU" if num_gpus else "1 or more"
+        raise UsageError(f"--ranks {requested} cannot be", hint=f"give {most}")
     return requested
 
 

@@ -13,13 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from milepost.core.console import say
 from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE, StopRequested
+from milepost.distributed.meeting_place import meeting_place
 from milepost.distributed.place import (
     PARENT_PIPE_VARIABLE,
     RENDEZVOUS_VARIABLE,
@@ -45,8 +46,28 @@ KEEP_FREED_MEMORY = ":".join(
 )
 
 
+@dataclass(frozen=True)
+class Phrases:
+    """What is said of the work when it is stopped or dies: of a training, unless said otherwise.
+
+    Attributes:
+        finishing: what still happens after a stop was asked for.
+        kept: what is as it was when the ranks left at once.
+        goes_on: what the same command does after a rank has died.
+    """
+
+    finishing: str = "the step is finished and saved"
+    kept: str = "the newest checkpoint is as it was"
+    goes_on: str = "it goes on from the newest checkpoint"
+
+
 def launch(
-    words: Sequence[str], *, ranks: int, on_gpus: bool, stops: StopRequests | None = None
+    words: Sequence[str],
+    *,
+    ranks: int,
+    on_gpus: bool,
+    stops: StopRequests | None = None,
+    phrases: Phrases = Phrases(),
 ) -> int:
     """Runs `milepost WORDS` as `ranks` processes and returns the run's exit code.
 
@@ -59,15 +80,16 @@ def launch(
         ranks: processes to start.
         on_gpus: whether each rank has a GPU, or one CPU thread.
         stops: taken by the caller already, so that one asked for before this call counts.
+        phrases: of the work.
     """
     with contextlib.ExitStack() as stack:
         if stops is None:
             stops = stack.enter_context(StopRequests())
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="milepost-"))
+        folder = stack.enter_context(meeting_place())
         reader, writer = os.pipe()
         stack.callback(os.close, reader)
         stack.callback(os.close, writer)
-        shared = _shared_environment(Path(folder) / "rendezvous", pipe=reader, on_gpus=on_gpus)
+        shared = _shared_environment(folder / "rendezvous", pipe=reader, on_gpus=on_gpus)
         command = [sys.executable, "-P", "-m", "milepost.cli.main", *words]
         children: list[subprocess.Popen[bytes]] = []
         stack.callback(_end_all, children)
@@ -82,7 +104,7 @@ def launch(
                 children.append(
                     subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,))
                 )
-        return _watch(children, stops=stops)
+        return _watch(children, stops=stops, phrases=phrases)
 
 
 def _end_all(children: list[subprocess.Popen[bytes]]) -> None:
@@ -112,17 +134,19 @@ def _loopback_interface() -> str:
     return "lo0" if "lo0" in names else "lo"
 
 
-def _watch(children: list[subprocess.Popen[bytes]], *, stops: StopRequests) -> int:
+def _watch(
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases
+) -> int:
     stops.pass_on_to(children)
-    codes = _wait_for_all(children, stops=stops)
+    codes = _wait_for_all(children, stops=stops, phrases=phrases)
     if stops.must_leave:
-        say("left at once; the newest checkpoint is as it was")
+        say(f"left at once; {phrases.kept}")
         return LEFT_AT_ONCE_EXIT_CODE
-    return _exit_code(codes)
+    return _exit_code(codes, phrases=phrases)
 
 
 def _wait_for_all(
-    children: list[subprocess.Popen[bytes]], *, stops: StopRequests
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases
 ) -> dict[int, int]:
     """Exit codes by rank, in the order of the ends; 1 for ranks that are ended here."""
     codes: dict[int, int] = {}
@@ -138,7 +162,7 @@ def _wait_for_all(
                     deadline = min(deadline, time.monotonic() + grace)
         if stops.is_requested and not has_said_stopping:
             has_said_stopping = True
-            say("stopping: the step is finished and saved; Ctrl-C again leaves at once")
+            say(f"stopping: {phrases.finishing}; Ctrl-C again leaves at once")
         if time.monotonic() > deadline:
             late = [rank for rank in range(len(children)) if rank not in codes]
             _end_all(children)
@@ -147,11 +171,12 @@ def _wait_for_all(
     return codes
 
 
-def _exit_code(codes: dict[int, int]) -> int:
+def _exit_code(codes: dict[int, int], *, phrases: Phrases = Phrases()) -> int:
     """The code of the rank that knows why: one of the contract before a bare failure.
 
     Args:
         codes: by rank, in the order in which the ranks ended.
+        phrases: of the work.
     """
     stopped = StopRequested.exit_code
     reasons = [code for code in codes.values() if code > 1 and code != stopped]
@@ -163,7 +188,7 @@ def _exit_code(codes: dict[int, int]) -> int:
     if killed:
         rank, code = killed[0]
         say(f"error: rank {rank} was ended by {_signal_name(-code)}")
-        say("hint: run the same command again; it goes on from the newest checkpoint")
+        say(f"hint: run the same command again; {phrases.goes_on}")
     return 1 if any(codes.values()) else 0
 
 

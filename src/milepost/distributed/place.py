@@ -24,6 +24,7 @@ class Place:
         started_by: "milepost" (our launcher) or "torchrun".
         rendezvous: the file at which our ranks meet; None under torchrun.
         parent_pipe: a descriptor that ends when our launcher does; None under torchrun.
+        num_restarts: how often torchrun has started its ranks anew.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Place:
     started_by: Literal["milepost", "torchrun"]
     rendezvous: str | None = None
     parent_pipe: int | None = None
+    num_restarts: int = 0
 
 
 def read_place(environment: Mapping[str, str]) -> Place | None:
@@ -45,9 +47,10 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
     try:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", rank))
+        num_restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0))
     except ValueError as error:
         raise UsageError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}",
+            f"RANK, WORLD_SIZE, LOCAL_RANK and TORCHELASTIC_RESTART_COUNT must be numbers: {error}",
             hint="unset them, or start with torchrun or milepost train",
         ) from error
     rendezvous = environment.get(RENDEZVOUS_VARIABLE)
@@ -58,6 +61,7 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
         started_by="milepost" if rendezvous else "torchrun",
         rendezvous=rendezvous,
         parent_pipe=read_parent_pipe(environment),
+        num_restarts=num_restarts,
     )
 
 

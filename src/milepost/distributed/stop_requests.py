@@ -76,8 +76,8 @@ class StopRequests:
 def held_back_stops() -> Iterator[None]:
     """Stop signals wait for the end of the block; processes begun in it have them held back.
 
-    A rank lets them through when its own handlers stand (`train/stop.py`), so that none is lost
-    or deadly while it starts.
+    A rank never lets them through, it looks whether one waits (`train/stop.py`): none is lost
+    or deadly, from its first moment on.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -14,17 +14,26 @@ from milepost.core.errors import MilepostError, UsageError
 from milepost.distributed.devices import count_gpus
 from milepost.distributed.place import Place, end_with_pipe
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+JOIN_SECONDS = 3600.0
+"""How long a rank waits for the main rank to check data and checkpoints, before training."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`; `pair_groups[k]` holds this rank and the one 2^k away."""
+    """One process among `size`.
+
+    Attributes:
+        pair_groups: group k holds this rank and the one 2^k away.
+        all_ranks: the group of a training's collectives; None for one rank.
+        timeout_seconds: how long those wait for another rank.
+    """
 
     rank: int
     size: int
     device: torch.device
     pair_groups: tuple[dist.ProcessGroup, ...] = ()
+    all_ranks: dist.ProcessGroup | None = None
+    timeout_seconds: float = JOIN_SECONDS
 
     @property
     def is_main(self) -> bool:
@@ -33,16 +42,19 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(place: Place, *, device_type: str) -> Iterator[World]:
+def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Iterator[World]:
     """The world of this process for the block; every rank must enter it.
 
     Args:
         place: from the command line's environment.
         device_type: "cpu" (gloo, one thread a rank) or "cuda" (nccl).
+        timeout_seconds: how long a collective of the training may wait. Joining may take
+            longer: the main rank comes to it when it has checked the data.
 
     Raises:
         UsageError: there is no GPU for this process, or there are GPUs that torch cannot use.
-        MilepostError: another rank is gone.
+        MilepostError: another rank is gone, or has kept this one waiting for too long (gloo; of
+            nccl, torch's own watchdog ends the process then).
     """
     if device_type == "cuda":
         _check_gpu(place)
@@ -56,14 +68,21 @@ def join_world(place: Place, *, device_type: str) -> Iterator[World]:
         return
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
-        init_method=f"file://{place.rendezvous}" if place.rendezvous else "env://",
+        store=_meet(place),
         rank=place.rank,
         world_size=place.size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=datetime.timedelta(seconds=JOIN_SECONDS),
     )
     try:
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        pair_groups = _pair_groups(place, timeout=timeout)
         yield World(
-            rank=place.rank, size=place.size, device=device, pair_groups=_pair_groups(place)
+            rank=place.rank,
+            size=place.size,
+            device=device,
+            pair_groups=pair_groups,
+            all_ranks=pair_groups[0] if place.size == 2 else dist.new_group(timeout=timeout),
+            timeout_seconds=timeout_seconds,
         )
     except RuntimeError as error:
         if not _is_loss_of_a_peer(error):
@@ -75,6 +94,19 @@ def join_world(place: Place, *, device_type: str) -> Iterator[World]:
         # A rank that fails must not wait for the others here.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _meet(place: Place) -> dist.Store:
+    """Where the ranks exchange their addresses: a file, or the store that torchrun keeps."""
+    timeout = datetime.timedelta(seconds=JOIN_SECONDS)
+    if place.rendezvous is not None:
+        store = dist.FileStore(place.rendezvous, place.size)
+    else:
+        places = dist.rendezvous("env://", place.rank, place.size, timeout=timeout)
+        # The store outlives the ranks: those that are started anew found the dead ones' addresses.
+        store = dist.PrefixStore(f"start-{place.num_restarts}", next(places)[0])
+    store.set_timeout(timeout)
+    return store
 
 
 def _check_gpu(place: Place) -> None:
@@ -101,15 +133,15 @@ _WORDS_OF_A_LOST_PEER = (
 """Gloo's, the rendezvous store's and NCCL's."""
 
 
-def _pair_groups(place: Place) -> tuple[dist.ProcessGroup, ...]:
+def _pair_groups(place: Place, *, timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, ...]:
     """Every rank makes every group, in one order, as torch demands; it keeps its own."""
     mine = []
     distance = 1
     while distance < place.size:
         for rank in range(place.size):
             partner = rank ^ distance
-            if rank < partner:
-                group = dist.new_group([rank, partner])
+            if rank < partner < place.size:
+                group = dist.new_group([rank, partner], timeout=timeout)
                 if place.rank in (rank, partner):
                     mine.append(group)
         distance *= 2

@@ -69,7 +69,7 @@ def run_segment(
     """
     steps = _NewSteps(RunLayout(run).events)
     with tempfile.TemporaryFile() as talk, contextlib.ExitStack() as stack:
-        stack.enter_context(_stops_as_exceptions())
+        stack.enter_context(stops_as_exceptions())
         process = stack.enter_context(_training(words, talk=talk, environment=environment or {}))
         was_killed = _watch(process, steps, on_step=on_step, kill_when=kill_when)
         if process.returncode != 0 and not was_killed:
@@ -80,7 +80,7 @@ def run_segment(
 
 
 @contextlib.contextmanager
-def _stops_as_exceptions() -> Iterator[None]:
+def stops_as_exceptions() -> Iterator[None]:
     """SIGTERM and SIGHUP unwind the block instead of ending this process on the spot."""
 
     def stop(signum: int, frame: object) -> NoReturn:

@@ -20,13 +20,16 @@ from milepost.data.loader import Loader
 from milepost.data.shards import PreparedData
 from milepost.distributed.reduce import broadcast_json
 from milepost.distributed.world import World
+from milepost.evaluation.catalog import parse_tasks
 from milepost.model.huggingface import hf_config, hf_generation_config
 from milepost.model.init import initialize
 from milepost.model.llama import Llama
 from milepost.planner.cost import count_parameters, flops_per_token
 from milepost.planner.duration import gpu_of_device
+from milepost.runs.evaluations import EvaluationStore
 from milepost.runs.layout import RunLayout
 from milepost.text.tokenizer import Tokenizer
+from milepost.train.evaluating import make_evaluation, open_tasks
 from milepost.train.exactness import device_names, judge_exactness, machine_facts
 from milepost.train.gradients import LaneGradients
 from milepost.train.loop import LoopParts
@@ -35,7 +38,7 @@ from milepost.train.opening import OpenedRun
 from milepost.train.optimizer import build_optimizer, restore_moments
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
-from milepost.train.saving import Saver
+from milepost.train.saving import CheckpointWriter, Saver
 from milepost.train.schedule import learning_rate
 from milepost.train.step import FIRST_LOSS_SCALE, LossScale, Stepper
 from milepost.train.throughput import Throughput
@@ -50,8 +53,8 @@ class Agreement:
         config: resolved.
         restore_from: the checkpoint folder, None for a new start.
         is_finished: nothing is left to do.
-        missing: kinds of events ("validation", "sample") that were due at the restored step and
-            were not reached; at the first step of a run both.
+        missing: what was due at the restored step and was not reached: "validation", "sample",
+            names of benchmarks; at the first step of a run all.
     """
 
     config: Config
@@ -88,11 +91,17 @@ def _missing_at_start(opened: OpenedRun) -> list[str]:
         "validation": config.validation.every_steps,
         "sample": config.samples.every_steps,
     }
-    return [
+    missing = [
         kind
         for kind, every in intervals.items()
         if every is not None and step % every == 0 and step not in history.latest_by_step(kind)
     ]
+    every = config.evaluation.every_steps
+    if every is not None and step % every == 0:
+        events = history.of_kind("evaluation")
+        done = {event.get("benchmark") for event in events if event.get("step") == step}
+        missing += [name for name in parse_tasks(config.evaluation.tasks) if name not in done]
+    return missing
 
 
 def build(
@@ -130,20 +139,23 @@ def build(
         opened=opened,
         world=world,
         stop_requested=stop_requested,
+        restored_step=progress.step,
     )
-    save: Callable[[Progress], None] = _nothing
+    saver = None
     if opened is not None:
-        save = Saver(
+        writer = CheckpointWriter(
             layout=layout,
             run_id=opened.manifest.run_id,
             config=config.checkpoint,
-            model=model,
-            optimizer=optimizer,
             model_files=_model_files(config, tokenizer=tokenizer, data=data),
             events=opened.events,
-            saved_step=progress.step,
-        ).save
-    periodic.append(Periodic(config.checkpoint.every_steps, save))
+            good_step=progress.step,
+        )
+        # What a kill between a save and its retention left would come on top of the next save.
+        writer.drop_old()
+        saver = Saver(writer, model=model, optimizer=optimizer, saved_step=progress.step)
+        periodic.append(Periodic(1, saver.raise_failure))
+        periodic.append(Periodic(config.checkpoint.every_steps, saver.save))
     return LoopParts(
         progress=progress,
         last_step=config.last_step,
@@ -163,7 +175,7 @@ def build(
             loss_scale=LossScale(progress.loss_scale, progress.steps_at_scale),
         ),
         periodic=periodic,
-        save=save,
+        saver=saver,
         throughput=_throughput(config, world=world),
         replay=_replay_check(opened, restored_step=progress.step),
         events=opened.events if opened is not None else None,
@@ -212,8 +224,9 @@ def _watching(
     opened: OpenedRun | None,
     world: World,
     stop_requested: Callable[[], bool],
+    restored_step: int,
 ) -> list[Periodic]:
-    """Validation on every rank, then samples on the main rank."""
+    """Validation and benchmarks on every rank, then samples on the main rank."""
     config = agreement.config
     periodic: list[Periodic] = []
     if data.validation is not None:
@@ -228,6 +241,21 @@ def _watching(
         )
         is_missing = "validation" in agreement.missing
         periodic.append(Periodic(config.validation.every_steps, action, at_start=is_missing))
+    if config.evaluation.every_steps is not None:
+        tasks = open_tasks(config, tokenizer=tokenizer, data=data, world=world)
+        names = agreement.missing & {task.benchmark for task in tasks}
+        action = make_evaluation(
+            model,
+            tasks=tasks,
+            tokenizer=tokenizer,
+            config=config,
+            store=EvaluationStore(layout.root),
+            opened=opened,
+            world=world,
+            stop_requested=stop_requested,
+            made_up={restored_step: names},
+        )
+        periodic.append(Periodic(config.evaluation.every_steps, action, at_start=bool(names)))
     if opened is not None and config.samples.every_steps is not None:
         action = make_sampling(
             model, tokenizer=tokenizer, config=config, layout=layout, events=opened.events
@@ -241,10 +269,6 @@ def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayChec
     """What was logged is no measure for steps that are meant to differ from it."""
     history = None if opened is None or opened.overrides else opened.history
     return ReplayCheck(history, restored_step=restored_step)
-
-
-def _nothing(progress: Progress) -> None:
-    """What the other ranks do while the main rank saves."""
 
 
 def _restore_weights(model: Llama, state: TrainState) -> None:

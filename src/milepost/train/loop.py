@@ -11,11 +11,13 @@ import numpy as np
 
 from milepost.checkpoint.state import Progress
 from milepost.core.console import say
+from milepost.core.errors import DivergedError
 from milepost.core.units import format_duration
 from milepost.data.loader import batch_sha256
 from milepost.runs.events import EventWriter
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
+from milepost.train.saving import Saver
 from milepost.train.step import Stepper, StepResult
 from milepost.train.throughput import Throughput
 
@@ -37,7 +39,7 @@ class LoopParts:
     Attributes:
         progress: where the run stands; the loop replaces it after every update.
         periodic: in the order in which they run; saving comes last.
-        save: writes a checkpoint, for a stop between two.
+        saver: takes a checkpoint at a stop between two; None on every rank but the main one.
         events: None on every rank but the main one.
     """
 
@@ -47,7 +49,7 @@ class LoopParts:
     learning_rate: Callable[[int], float]
     stepper: Stepper
     periodic: Sequence[Periodic]
-    save: Callable[[Progress], None]
+    saver: Saver | None
     throughput: Throughput
     replay: ReplayCheck
     events: EventWriter | None
@@ -57,8 +59,10 @@ class LoopParts:
 def run_loop(parts: LoopParts) -> bool:
     """Trains until the last step or until a stop is asked for; every rank must call.
 
+    The last save is under way when it returns.
+
     Returns:
-        True if a stop was asked for (the run is saved).
+        True if a stop was asked for.
 
     Raises:
         DivergedError: a step was refused; the newest checkpoint is from before it.
@@ -74,9 +78,12 @@ def run_loop(parts: LoopParts) -> bool:
         data_step = step + parts.progress.skipped
         batch = parts.batches.batch(data_step)
         learning_rate = parts.learning_rate(step)
-        result = parts.stepper.run_step(
-            batch, learning_rate=learning_rate, stop_requested=parts.stop_requested
-        )
+        try:
+            result = parts.stepper.run_step(
+                batch, learning_rate=learning_rate, stop_requested=parts.stop_requested
+            )
+        except DivergedError as error:
+            raise DivergedError(f"step {step + 1}: {error.message}", hint=error.hint) from error
         step_seconds = time.perf_counter() - step_started
         scale = parts.stepper.loss_scale
         parts.progress = replace(
@@ -91,7 +98,8 @@ def run_loop(parts: LoopParts) -> bool:
             _record(parts, result, batch, data_step, learning_rate, step_seconds)
         if result.is_stop_requested and parts.progress.step < parts.last_step:
             # What else is due waits until the run goes on; whoever asked may not wait for it.
-            parts.save(parts.progress)
+            if parts.saver is not None:
+                parts.saver.save(parts.progress)
             _end_replay(parts)
             return True
         for periodic in parts.periodic:

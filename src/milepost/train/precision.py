@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import tempfile
 import time
 
 import torch
 
 from milepost.config.schema import Config
-from milepost.core.errors import UsageError
+from milepost.core.errors import StorageError, UsageError
 
 WORTHWHILE_RATIO = 1.3
 """bfloat16 must win its matrix products by so much, since casts and reductions cost too."""
@@ -62,13 +63,30 @@ def check_compiler(config: Config, *, device: torch.device) -> None:
 
     Raises:
         UsageError: train.compile is on, the device is a CPU, and there is no C++ compiler.
+        StorageError: train.compile is on and the folder of compiled code cannot be written.
     """
-    if config.train.compile and device.type == "cpu" and not _has_compiler():
+    if not config.train.compile:
+        return
+    _check_compiler_cache()
+    if device.type == "cpu" and not _has_compiler():
         raise UsageError(
             "train.compile is on and there is no C++ compiler here",
             hint="install g++, or turn it off with --train.compile false (for a run that was made "
             "with it also --override: its last bits change)",
         )
+
+
+def _check_compiler_cache() -> None:
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # makes it, so does the call
+
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            return
+    except OSError as error:
+        raise StorageError(
+            f"train.compile is on and compiled code cannot be kept: {error}",
+            hint="set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
+        ) from error
 
 
 def _has_compiler() -> bool:

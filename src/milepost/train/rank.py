@@ -18,6 +18,7 @@ from milepost.data.run_data import open_run_data
 from milepost.data.shards import PreparedData
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
+from milepost.distributed.reduce import broadcast_json
 from milepost.distributed.world import World, die_with_parent, join_world
 from milepost.planner.cost import count_parameters
 from milepost.runs.events import EventWriter
@@ -67,7 +68,13 @@ def train_as_rank(
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if device_type == "cpu" and place.started_by == "milepost":
             torch.set_num_threads(1)
-        world = stack.enter_context(join_world(place, device_type=device_type))
+        world = stack.enter_context(
+            join_world(
+                place,
+                device_type=device_type,
+                timeout_seconds=config.guards.collective_timeout_seconds,
+            )
+        )
         opened = None
         if world.is_main:
             opened = open_run(
@@ -96,7 +103,7 @@ def train_as_rank(
         if opened is not None:
             _introduce(agreement, data)
             start_segment(parts, opened=opened, config=agreement.config, world=world, layout=layout)
-        return _run_segment(parts, layout=layout, agreement=agreement)
+        return _run_segment(parts, layout=layout, agreement=agreement, world=world)
 
 
 def _make_folder(run: Path) -> None:
@@ -151,13 +158,18 @@ def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None
     return {"run": str(layout.root), "status": "done", "step": step}
 
 
-def _run_segment(parts: LoopParts, *, layout: RunLayout, agreement: Agreement) -> Summary | None:
+def _run_segment(
+    parts: LoopParts, *, layout: RunLayout, agreement: Agreement, world: World
+) -> Summary | None:
     seconds_before = parts.progress.training_seconds
     try:
-        with _memory_errors(agreement.config):
+        # Whatever ends the loop, a save that is under way is finished first.
+        with parts.saver or contextlib.nullcontext(), _memory_errors(agreement.config):
             was_stopped = run_loop(parts)
     except MilepostError as error:
         _record_failure(parts, error, seconds_before=seconds_before)
+        if isinstance(error, DivergedError):
+            _wait_for_main(world)
         raise
     if parts.events is None:
         return {"status": "stopped"} if was_stopped else None
@@ -208,6 +220,15 @@ def _record_failure(parts: LoopParts, error: MilepostError, *, seconds_before: f
         reason = "failed"
     with contextlib.suppress(StorageError):
         _end_segment(parts, reason, seconds_before=seconds_before)
+
+
+def _wait_for_main(world: World) -> None:
+    """Keeps the other ranks until the main one has saved; all ranks refuse the same update.
+
+    The launcher gives the rest little time once a rank has left with an error.
+    """
+    with contextlib.suppress(RuntimeError):
+        broadcast_json(None, world=world)
 
 
 def _end_segment(parts: LoopParts, reason: str, *, seconds_before: float) -> None:

@@ -1,16 +1,24 @@
-"""Saving: a checkpoint of the run as it stands, then what retention says."""
+"""Saving: a copy of the run as it stands, which a thread writes while training goes on.
+
+The `Saver` is the training thread's and never touches the disk; the `CheckpointWriter` is the
+writing thread's and never touches what is trained on.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 
+from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.retention import drop_old_train_states
 from milepost.checkpoint.state import Progress, TrainState
 from milepost.checkpoint.store import SavedCheckpoint, save_checkpoint
 from milepost.config.schema import CheckpointSection
-from milepost.core.console import say
+from milepost.core.console import say, warn
 from milepost.core.errors import StorageError
 from milepost.core.units import format_bytes
 from milepost.model.llama import Llama
@@ -20,79 +28,163 @@ from milepost.train.optimizer import moments_by_name
 
 
 @dataclass
-class Saver:
-    """Writes checkpoints; only the main rank has one.
+class CheckpointWriter:
+    """Writes checkpoints and keeps to the retention; one call at a time.
 
     Attributes:
         model_files: the Hugging Face files beside the weights, by name.
-        saved_step: the newest step that needs no saving.
+        good_step: the newest step whose train state is known to be whole, as it was verified at
+            the start or written by this process; 0 where there is none. Retention keeps it.
     """
 
     layout: RunLayout
     run_id: str
     config: CheckpointSection
-    model: Llama
-    optimizer: torch.optim.Optimizer
     model_files: dict[str, bytes]
     events: EventWriter
-    saved_step: int
-    _unrecorded: SavedCheckpoint | None = field(default=None, init=False)
+    good_step: int
 
-    def save(self, progress: Progress) -> None:
-        """Saves, then drops what retention says.
+    def write(self, state: TrainState, *, waited_seconds: float) -> None:
+        """Writes a checkpoint, records it, then drops what retention says.
 
-        A save that fails is tried once more if retention could free something.
+        What fails is tried once more if retention could free something.
+
+        Args:
+            state: on the CPU; nothing else may change it meanwhile.
+            waited_seconds: how long training stood still for it.
 
         Raises:
             StorageError: it failed; earlier checkpoints are as they were.
         """
-        if progress.step == self.saved_step:
-            return
+        assert state.progress.step > self.good_step, "steps only grow"
+        saved = None
         try:
-            self._write(progress)
+            saved = self._save(state)
+            self._record(saved, waited_seconds=waited_seconds)
         except StorageError:
-            if not self._drop_old():
+            if not self.drop_old():
                 raise
-            self._write(progress)
-        self.saved_step = progress.step
-        self._drop_old()
+            # Where only its event failed, the checkpoint is there and is not written once more.
+            saved = saved or self._save(state)
+            self._record(saved, waited_seconds=waited_seconds)
+        self.drop_old()
 
-    def _write(self, progress: Progress) -> None:
-        saved = self._unrecorded
-        if saved is None or saved.step != progress.step:
-            saved = self._save_checkpoint(progress)
-        # Where only its event fails, the checkpoint is there and is not written once more.
-        self._unrecorded = saved
-        self.events.append(
-            "checkpoint_saved",
-            step=saved.step,
-            sha256=saved.sha256,
-            bytes=saved.num_bytes,
-            seconds=saved.seconds,
+    def drop_old(self) -> list[int]:
+        """Drops train states that are older than retention keeps; returns their steps."""
+        return drop_old_train_states(
+            self.layout,
+            good_step=self.good_step,
+            keep=self.config.keep_train_state,
+            every_steps=self.config.keep_train_state_every_steps,
+            record=lambda step: self.events.append_durably("train_state_dropped", step=step),
         )
-        self._unrecorded = None
-        say(f"step {saved.step}  checkpoint saved, {format_bytes(saved.num_bytes)}")
 
-    def _save_checkpoint(self, progress: Progress) -> SavedCheckpoint:
-        moments, num_updates = moments_by_name(self.model, optimizer=self.optimizer)
-        state = TrainState(
-            progress=progress,
-            weights={name: p.detach() for name, p in self.model.state_dict().items()},
-            moments=moments,
-            optimizer_step=num_updates,
-        )
-        return save_checkpoint(
+    def _save(self, state: TrainState) -> SavedCheckpoint:
+        saved = save_checkpoint(
             self.layout,
             run_id=self.run_id,
             state=state,
             model_files=self.model_files,
             weights_dtype=self.config.weights_dtype,
         )
+        self.good_step = saved.step
+        return saved
 
-    def _drop_old(self) -> list[int]:
-        return drop_old_train_states(
-            self.layout,
-            keep=self.config.keep_train_state,
-            every_steps=self.config.keep_train_state_every_steps,
-            record=lambda step: self.events.append_durably("train_state_dropped", step=step),
+    def _record(self, saved: SavedCheckpoint, *, waited_seconds: float) -> None:
+        self.events.append(
+            "checkpoint_saved",
+            step=saved.step,
+            sha256=saved.sha256,
+            bytes=saved.num_bytes,
+            seconds=saved.seconds,
+            waited_seconds=waited_seconds,
         )
+        say(f"step {saved.step}  checkpoint saved, {format_bytes(saved.num_bytes)}")
+
+
+class Saver:
+    """Copies the train state and has it written; only the main rank has one.
+
+    One save is under way at a time. The `with` block of a saver ends when all of them are done.
+
+    Args:
+        writer: used by this saver's thread alone.
+        model: whose float32 weights are saved, by parameter name.
+        optimizer: of the model.
+        saved_step: the newest step that needs no saving.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        model: Llama,
+        optimizer: torch.optim.Optimizer,
+        saved_step: int,
+    ) -> None:
+        self._writer = writer
+        self._model = model
+        self._optimizer = optimizer
+        self._saved_step = saved_step
+        num_parameters = sum(p.numel() for p in model.parameters())
+        device = next(model.parameters()).device
+        # Taken before training: where there is no room for it, no time is lost.
+        self._copy = HostCopy(3 * num_parameters, device=device)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._writing: Future[None] | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Copies the state and begins to write it; first waits for the save before.
+
+        Raises:
+            StorageError: the save before failed.
+        """
+        if progress.step == self._saved_step:
+            return
+        started = time.monotonic()
+        self.finish()
+        moments, num_updates = moments_by_name(self._model, optimizer=self._optimizer)
+        weights = {name: p.detach() for name, p in self._model.state_dict().items()}
+        state = TrainState(
+            progress=progress, weights=weights, moments=moments, optimizer_step=num_updates
+        )
+        copied = self._copy.fill(state)
+        waited_seconds = time.monotonic() - started
+        self._writing = self._thread.submit(
+            self._writer.write, copied, waited_seconds=waited_seconds
+        )
+        self._saved_step = progress.step
+
+    def raise_failure(self, progress: Progress) -> None:
+        """Raises what went wrong with a save that has ended by now; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+            StorageError: it failed; earlier checkpoints are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.finish()
+        except StorageError as failure:
+            if error is None:
+                raise
+            warn(f"{failure.message}; the newest checkpoint is one from before")
+        finally:
+            self._thread.shutdown()
+            self._copy.unlock()

@@ -8,34 +8,31 @@ import os
 import signal
 
 from milepost.core.errors import LEFT_AT_ONCE_EXIT_CODE
-from milepost.distributed.stop_requests import STOP_SIGNALS
 
 
 class StopSignal:
     """Remembers that a stop was asked for; make it on the main thread, early.
 
-    Under our launcher SIGINT comes held back: the launcher alone answers Ctrl-C, and neither
-    this process nor a compiler that it starts may die of the terminal's own.
+    Under our launcher the stop signals come held back and stay so: one that waits is a stop that
+    was asked for. What this process starts holds them back too, so that neither Ctrl-C at the
+    terminal nor a `kill` of the whole group ends the compiler in the middle of its work.
     """
 
     def __init__(self) -> None:
         self._is_requested = False
         self._num_interrupts = 0
         held_back = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        if signal.SIGINT in held_back:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for signum, handler in (
-            (signal.SIGTERM, self._ask),
-            (signal.SIGHUP, self._ask),
-            (signal.SIGINT, self._interrupt),
-        ):
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup means it
-                signal.signal(signum, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        wanted = [s for s in ASKING if signal.getsignal(s) is not signal.SIG_IGN]  # nohup means it
+        self._waited_for = {s for s in wanted if s in held_back}
+        for signum in wanted:
+            if signum not in held_back:
+                signal.signal(signum, self._ask)
+        if signal.SIGINT not in held_back:
+            signal.signal(signal.SIGINT, self._interrupt)
 
     def is_requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self._is_requested
+        return self._is_requested or bool(self._waited_for & signal.sigpending())
 
     def _ask(self, signum: int, frame: object) -> None:
         self._is_requested = True
@@ -45,3 +42,7 @@ class StopSignal:
         self._num_interrupts += 1
         if self._num_interrupts >= 2:
             os._exit(LEFT_AT_ONCE_EXIT_CODE)
+
+
+ASKING = (signal.SIGTERM, signal.SIGHUP)
+"""A process that has no launcher answers Ctrl-C in a way of its own."""

@@ -1,0 +1,71 @@
+"""The copy of a train state in the host's memory that is written while training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from milepost.checkpoint.state import TrainState
+from milepost.core.errors import MilepostError
+from milepost.core.units import format_bytes
+
+
+class HostCopy:
+    """One float32 buffer on the host, taken once and filled anew by every save.
+
+    Of a GPU's state the buffer is page-locked, so that the copy runs at the speed of the bus. It
+    is registered as a whole: memory that torch hands out page-locked is rounded up to powers of
+    two for each tensor, 27.5 in place of 19.2 GiB for a model of 1.7 B parameters.
+
+    Args:
+        num_elements: float32 numbers of the largest state that will be copied.
+        device: where the states lie.
+
+    Raises:
+        MilepostError: the host has no room for it.
+    """
+
+    def __init__(self, num_elements: int, *, device: torch.device) -> None:
+        self._device = device
+        self._is_locked = device.type == "cuda"
+        try:
+            self._buffer = torch.empty(num_elements, dtype=torch.float32)
+            if self._is_locked:
+                address, num_bytes = self._buffer.data_ptr(), self._buffer.nbytes
+                status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+                torch.cuda.check_error(status)
+        except RuntimeError as error:
+            size = format_bytes(num_elements * torch.float32.itemsize)
+            raise MilepostError(
+                f"no room in the host's memory for a copy of the train state, {size}",
+                hint="milepost plan says what a run needs; end what else runs on the machine",
+            ) from error
+
+    def fill(self, state: TrainState) -> TrainState:
+        """Copies every tensor of `state`; waits until all are there.
+
+        Returns:
+            The same state in the buffer, which shares no memory with `state`. The next call
+            writes over it.
+        """
+        free = self._buffer
+        copies: list[dict[str, torch.Tensor]] = []
+        for tensors in (state.weights, state.moments):
+            copied = {}
+            for name, tensor in tensors.items():
+                assert tensor.dtype == torch.float32 and tensor.numel() <= free.numel(), name
+                copied[name] = free[: tensor.numel()].view(tensor.shape)
+                copied[name].copy_(tensor, non_blocking=self._is_locked)
+                free = free[tensor.numel() :]
+            copies.append(copied)
+        if self._is_locked:
+            torch.cuda.synchronize(self._device)
+        weights, moments = copies
+        return replace(state, weights=weights, moments=moments)
+
+    def unlock(self) -> None:
+        """Gives back the page-locking, before the buffer's memory may go; no `fill` after it."""
+        if self._is_locked:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr()))
+            self._is_locked = False

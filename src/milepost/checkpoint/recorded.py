@@ -1,0 +1,66 @@
+"""What a run's history says of its checkpoints: saved, set aside, train state dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from milepost.runs.events import History
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the history says of one checkpoint.
+
+    Attributes:
+        sha256: of its manifest; None where no save is recorded.
+        is_set_aside: whether it was moved to the quarantine after that.
+        is_dropped: whether its train state was dropped after that.
+    """
+
+    sha256: str | None = None
+    is_set_aside: bool = False
+    is_dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the history says of all checkpoints.
+
+    Attributes:
+        by_step: each checkpoint's.
+        is_open: whether the last segment has no end on record: it is at work, or was killed.
+    """
+
+    by_step: dict[int, Recorded]
+    is_open: bool
+
+    @property
+    def saved_steps(self) -> list[int]:
+        """Steps with a recorded save that was not set aside since, ascending."""
+        found = [s for s, r in self.by_step.items() if r.sha256 is not None and not r.is_set_aside]
+        return sorted(found)
+
+    @property
+    def newest_step(self) -> int:
+        """The newest step with a recorded save; 0 where there is none."""
+        return max((s for s, r in self.by_step.items() if r.sha256 is not None), default=0)
+
+
+def records_of(history: History) -> Records:
+    """Reads the events of saves, drops and quarantines in file order; the later counts."""
+    by_step: dict[int, Recorded] = {}
+    is_open = False
+    for event in history.events:
+        kind, step = event.get("kind"), event.get("step")
+        if kind in ("segment_started", "segment_ended"):
+            is_open = kind == "segment_started"
+        if not isinstance(step, int):
+            continue
+        before = by_step.get(step, Recorded())
+        if kind == "checkpoint_saved":
+            by_step[step] = Recorded(sha256=str(event.get("sha256")))
+        elif kind == "checkpoint_quarantined":
+            by_step[step] = replace(before, is_set_aside=True)
+        elif kind == "train_state_dropped":
+            by_step[step] = replace(before, is_dropped=True)
+    return Records(by_step, is_open)
