@@ -140,6 +140,21 @@ def test_a_call_of_a_save_that_fails_is_no_silent_success(
 
 
 @needs_strace
+@pytest.mark.parametrize("when", [5, *(pytest.param(k, marks=pytest.mark.long) for k in (3, 4, 7))])
+def test_a_write_that_falls_short_without_an_error_is_seen(
+    when: int, short: Course, tmp_path: Path
+) -> None:
+    """The system says that one byte was written, and wrote none."""
+    run = tmp_path / "run"
+    inject = f"inject=write:retval=1:when={when}"
+    strace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=write", "-e", inject]
+    done = run_with(strace, short.command(run, *ONE_RANK, "--train.stop_at_step", "10"))
+    assert done.returncode == 7, done.stderr
+    check_checkpoints(run)
+    short.finish(run)
+
+
+@needs_strace
 def test_a_shard_that_cannot_be_read_is_named_and_nothing_else_is_lost(
     short: Course, tmp_path: Path
 ) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +115,35 @@ def test_another_machine_since_the_checkpoint_makes_the_segment_approximate(
     assert first["exactness"] == "approximate"
     assert first["reason"].startswith("torch was 1.")
     assert second["exactness"] == "exact", "its checkpoint was made on this machine"
+
+
+@pytest.mark.parametrize("step", [0, 10, 30])
+def test_a_run_stops_at_the_step_whose_validation_it_gives_up(
+    step: int,
+    recipe: Path,
+    tiny_data: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from milepost.train import watching
+
+    run, scored = tmp_path / "run", watching.validate
+    calls = iter([False] * (step // 10) + [True])
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if next(calls, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scored(*arguments, **named)
+
+    monkeypatch.setattr(watching, "validate", interrupted)
+    assert train_here(recipe, run, tiny_data)["status"] == "stopped"
+    assert events(run, "segment_ended")[-1]["step"] == step
+    assert [e["step"] for e in events(run, "validation")] == list(range(0, step, 10))
+    assert train_here(recipe, run, tiny_data)["status"] == "done"
+    expected = [(e["step"], e["loss_nats"]) for e in events(finished, "validation")]
+    assert [(e["step"], e["loss_nats"]) for e in events(run, "validation")] == expected
+    assert weights_sha256(run, 30) == weights_sha256(finished, 30)
 
 
 def test_a_validation_that_was_given_up_is_made_up_for(

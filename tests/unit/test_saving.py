@@ -339,10 +339,11 @@ def test_training_raises_a_failed_save_before_its_next_save(
 def test_a_stop_saves_and_waits(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
-    opener = threading.Timer(0.3, gate.open)
-    monkeypatch.setattr("milepost.train.stop.StopSignal.is_requested", lambda self: True)
+    opener, run = threading.Timer(0.3, gate.open), tmp_path / "run"
+    is_requested = "milepost.train.stop.StopSignal.is_requested"
+    monkeypatch.setattr(is_requested, lambda self: bool(events(run, "validation")))
     opener.start()
-    result = train_here(write_recipe(tmp_path), tmp_path / "run", tiny_data)
+    result = train_here(write_recipe(tmp_path), run, tiny_data)
     opener.join()
     assert (result["status"], result["step"]) == ("stopped", 1)
     kinds = [e["kind"] for e in read_history(RunLayout(tmp_path / "run").events).events]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.checkpoint.recorded import Recorded, Records, records_of
-from milepost.checkpoint.store import MANIFEST, STATE_FOLDER, _read_manifest, _verify_file
+from milepost.checkpoint.store import MANIFEST, STATE_FOLDER, read_checkpoint_manifest, verify_file
 from milepost.core.errors import CheckpointError, MilepostError, StorageError
 from milepost.core.files import sha256_of_file, storage_errors
 from milepost.runs.events import History, read_history
@@ -217,7 +217,7 @@ def _check_files(
 ) -> dict[str, Any] | None:
     """The files of one folder; its manifest's content, None where that cannot be trusted."""
     try:
-        head = _read_manifest(folder, run_id=run_id, step=step)
+        head = read_checkpoint_manifest(folder, run_id=run_id, step=step)
         with storage_errors(folder, verb="read"):
             present = {entry.name for entry in folder.iterdir()} - {MANIFEST} - subfolders
     except (CheckpointError, StorageError) as error:
@@ -229,7 +229,7 @@ def _check_files(
         to.findings.append(Finding(place, "is not in the manifest", meaning))
     for name, facts in head["files"].items():
         try:
-            _verify_file(folder, name, facts)
+            verify_file(folder, name, facts)
         except (CheckpointError, StorageError) as error:
             to.findings.append(_finding(error, folder / name, layout=layout, meaning=meaning))
         to.count(folder / name, name=_relative(folder / name, layout))

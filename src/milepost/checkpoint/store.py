@@ -120,7 +120,7 @@ def _write_model(
     folder: Path, state: TrainState, *, model_files: dict[str, bytes], weights_dtype: str
 ) -> None:
     for name, content in model_files.items():
-        (folder / name).write_bytes(content)
+        _write_bytes(folder / name, content)
     dtype = _DTYPES[weights_dtype]
     weights = {name: t.to("cpu", dtype).contiguous() for name, t in state.weights.items()}
     _write_tensors(folder / MODEL_FILE, weights, metadata={"format": "pt"})
@@ -133,7 +133,7 @@ def _write_train_state(folder: Path, state: TrainState, *, weights_dtype: str) -
         masters = {name: t.cpu().contiguous() for name, t in state.weights.items()}
         _write_tensors(folder / "masters.safetensors", masters)
     numbers = {"progress": state.progress.as_plain(), "optimizer_step": state.optimizer_step}
-    (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    _write_bytes(folder / "state.json", (json.dumps(numbers, indent=2) + "\n").encode())
 
 
 def _write_tensors(
@@ -144,6 +144,33 @@ def _write_tensors(
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            is_same = set(file.keys()) == set(tensors) and all(
+                torch.equal(_bits(file.get_tensor(name)), _bits(tensor))
+                for name, tensor in tensors.items()
+            )
+    except SafetensorError:
+        is_same = False
+    _refuse_unless(is_same, path)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _refuse_unless(path.read_bytes() == content, path)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _refuse_unless(is_same: bool, path: Path) -> None:
+    """A write that fell short without an error must not get a hash that vouches for it."""
+    if not is_same:
+        raise StorageError(
+            f"cannot write {path}: reading it back gives something else",
+            hint="check the disk, then run the same command again; nothing saved is lost",
+        )
 
 
 def _write_manifest(folder: Path, head: dict[str, Any]) -> str:
@@ -223,25 +250,33 @@ def verify_model_files(folder: Path) -> None:
         CheckpointError: names the first file that is missing or changed.
         StorageError: a file cannot be read.
     """
-    for name, facts in _read_manifest(folder, run_id=None, step=None)["files"].items():
-        _verify_file(folder, name, facts)
+    for name, facts in read_checkpoint_manifest(folder, run_id=None, step=None)["files"].items():
+        verify_file(folder, name, facts)
 
 
 def _verify_folder(
     folder: Path, *, run_id: str | None, step: int | None, subfolders: set[str]
 ) -> dict[str, Any]:
-    head = _read_manifest(folder, run_id=run_id, step=step)
+    head = read_checkpoint_manifest(folder, run_id=run_id, step=step)
     files = head["files"]
     with storage_errors(folder, verb="read"):
         present = {entry.name for entry in folder.iterdir()} - {MANIFEST} - subfolders
     for name in sorted(present - set(files)):
         raise CheckpointError(f"{folder / name} is not in the manifest")
     for name, facts in files.items():
-        _verify_file(folder, name, facts)
+        verify_file(folder, name, facts)
     return head
 
 
-def _read_manifest(folder: Path, *, run_id: str | None, step: int | None) -> dict[str, Any]:
+def read_checkpoint_manifest(
+    folder: Path, *, run_id: str | None, step: int | None
+) -> dict[str, Any]:
+    """The manifest of a checkpoint or of its train state, read whole and as it was written.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another run or step than given.
+        StorageError: it cannot be read.
+    """
     if folder.is_symlink() or not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     manifest = plain_file(folder / MANIFEST, error=CheckpointError)
@@ -286,7 +321,13 @@ def _version_message(folder: Path, version: Any) -> str:
     return f"{folder / MANIFEST} has schema version {version}, this program reads {SCHEMA_VERSION}"
 
 
-def _verify_file(folder: Path, name: str, facts: Any) -> None:
+def verify_file(folder: Path, name: str, facts: Any) -> None:
+    """Holds one file of a checkpoint to what its manifest says of it.
+
+    Raises:
+        CheckpointError: it is missing, no plain file, outside the folder or changed.
+        StorageError: it cannot be read.
+    """
     if Path(name).name != name or name in (".", ".."):
         raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
     path = plain_file(folder / name, error=CheckpointError)

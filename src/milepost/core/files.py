@@ -116,6 +116,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if temporary.read_bytes() != data:  # a write that fell short without an error
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -68,11 +68,12 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
     plain: dict[str, Any] = {}
     if opened is not None:
         found = opened.restorable
+        missing = _missing_at_start(opened)
         plain = {
             "config": as_plain(opened.config),
             "restore_from": None if found is None else str(found.folder),
-            "is_finished": opened.is_finished,
-            "missing": _missing_at_start(opened),
+            "is_finished": opened.is_finished and not missing,
+            "missing": missing,
         }
     plain = broadcast_json(plain, world=world)
     folder = plain["restore_from"]
@@ -87,17 +88,23 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
 def _missing_at_start(opened: OpenedRun) -> list[str]:
     step = 0 if opened.restorable is None else opened.restorable.step
     config, history = opened.config, opened.history
+    if step > config.last_step:
+        return []
+
+    def was_due(every: int | None) -> bool:
+        return every is not None and (step % every == 0 or step == config.last_step)
+
+    has_validation = opened.manifest.validation_fingerprint is not None
     intervals = {
-        "validation": config.validation.every_steps,
+        "validation": config.validation.every_steps if has_validation else None,
         "sample": config.samples.every_steps,
     }
     missing = [
         kind
         for kind, every in intervals.items()
-        if every is not None and step % every == 0 and step not in history.latest_by_step(kind)
+        if was_due(every) and step not in history.latest_by_step(kind)
     ]
-    every = config.evaluation.every_steps
-    if every is not None and step % every == 0:
+    if was_due(config.evaluation.every_steps):
         events = history.of_kind("evaluation")
         done = {event.get("benchmark") for event in events if event.get("step") == step}
         missing += [name for name in parse_tasks(config.evaluation.tasks) if name not in done]
@@ -229,6 +236,7 @@ def _watching(
     """Validation and benchmarks on every rank, then samples on the main rank."""
     config = agreement.config
     periodic: list[Periodic] = []
+    action: Callable[[Progress], bool | None]
     if data.validation is not None:
         rows = open_validation_set(data.validation, config=config, data=data, tokenizer=tokenizer)
         action = make_validation(

@@ -59,10 +59,11 @@ def make_evaluation(
     world: World,
     stop_requested: Callable[[], bool],
     made_up: Mapping[int, frozenset[str]],
-) -> Callable[[Progress], None]:
+) -> Callable[[Progress], bool]:
     """The periodic evaluation; every rank calls it, the main rank records it.
 
-    Where a stop is asked for it is given up; what was scored before stays recorded.
+    Where a stop is asked for it is given up, which it says with True; what was scored before
+    stays recorded.
 
     Args:
         model: that is trained, not compiled.
@@ -76,7 +77,7 @@ def make_evaluation(
         made_up: by step, the only tasks that are scored there: an earlier segment did the rest.
     """
 
-    def run_evaluation(progress: Progress) -> None:
+    def run_evaluation(progress: Progress) -> bool:
         weights = Weights(
             checkpoint_sha256=None,
             run_id=None if opened is None else opened.manifest.run_id,
@@ -98,12 +99,13 @@ def make_evaluation(
                 stop_requested=stop_requested,
             )
             if scored is None:
-                return
+                return True
             if opened is not None:
                 names = ("key", "benchmark", "n", "metrics", "seconds")
                 fields = {name: scored.line[name] for name in names}
                 opened.events.append("evaluation", step=progress.step, **fields)
                 say(f"step {progress.step}  {task.benchmark}  {_shown(fields['metrics'])}")
+        return False
 
     return run_evaluation
 

@@ -69,10 +69,8 @@ def run_loop(parts: LoopParts) -> bool:
         StorageError: the history or a checkpoint cannot be written.
         DataError: a shard went away.
     """
-    for periodic in parts.periodic:
-        if periodic.at_start:
-            periodic.action(parts.progress)
-    while parts.progress.step < parts.last_step:
+    is_stopping = _act(parts, [periodic for periodic in parts.periodic if periodic.at_start])
+    while not is_stopping and parts.progress.step < parts.last_step:
         step_started = time.perf_counter()
         step = parts.progress.step
         data_step = step + parts.progress.skipped
@@ -96,17 +94,23 @@ def run_loop(parts: LoopParts) -> bool:
         )
         if parts.events is not None:
             _record(parts, result, batch, data_step, learning_rate, step_seconds)
-        if result.is_stop_requested and parts.progress.step < parts.last_step:
-            # What else is due waits until the run goes on; whoever asked may not wait for it.
-            if parts.saver is not None:
-                parts.saver.save(parts.progress)
-            _end_replay(parts)
-            return True
-        for periodic in parts.periodic:
-            if periodic.is_due(parts.progress.step, last_step=parts.last_step):
-                periodic.action(parts.progress)
+        # What else is due waits until the run goes on; whoever asks for a stop may not wait for it.
+        is_stopping = result.is_stop_requested and parts.progress.step < parts.last_step
+        if not is_stopping:
+            is_stopping = _act(parts, [p for p in parts.periodic if _is_due(p, parts)])
+    if is_stopping and parts.saver is not None:
+        parts.saver.save(parts.progress)
     _end_replay(parts)
-    return False
+    return is_stopping
+
+
+def _is_due(periodic: Periodic, parts: LoopParts) -> bool:
+    return periodic.is_due(parts.progress.step, last_step=parts.last_step)
+
+
+def _act(parts: LoopParts, due: Sequence[Periodic]) -> bool:
+    """Runs what is due, in order; True, and the rest left out, where a stop was asked for."""
+    return any(periodic.action(parts.progress) for periodic in due)
 
 
 def _end_replay(parts: LoopParts) -> None:

@@ -14,12 +14,13 @@ class Periodic:
 
     Attributes:
         every_steps: None means only at the end.
-        action: called with where the run stands.
+        action: called with where the run stands. It says True where it gave up because a stop
+            was asked for; all ranks say the same.
         at_start: whether it also runs before the first update of this segment.
     """
 
     every_steps: int | None
-    action: Callable[[Progress], None]
+    action: Callable[[Progress], bool | None]
     at_start: bool = False
 
     def is_due(self, step: int, *, last_step: int) -> bool:

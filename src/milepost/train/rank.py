@@ -180,7 +180,8 @@ def _run_segment(
         reason = "stop_at_step"
     _end_segment(parts, reason, seconds_before=seconds_before)
     if was_stopped:
-        say(f"stopped on request at step {step}, saved; the same command goes on")
+        where = f"at step {step}, saved" if step else "before the first step"
+        say(f"stopped on request {where}; the same command goes on")
     else:
         say(f"{layout.root}: {reason}, {step} of {config.train.total_steps} steps")
     return {

@@ -50,13 +50,14 @@ def make_validation(
     world: World,
     events: EventWriter | None,
     stop_requested: Callable[[], bool],
-) -> Callable[[Progress], None]:
+) -> Callable[[Progress], bool]:
     """The periodic validation; every rank calls it, the main rank records it.
 
-    Where a stop is asked for it is given up; the next segment makes up for it.
+    Where a stop is asked for it is given up, which it says with True; the next segment makes up
+    for it.
     """
 
-    def run_validation(progress: Progress) -> None:
+    def run_validation(progress: Progress) -> bool:
         result = validate(
             model,
             rows=rows,
@@ -67,7 +68,7 @@ def make_validation(
             stop_requested=stop_requested,
         )
         if events is None or result is None:
-            return
+            return result is None
         events.append(
             "validation",
             step=progress.step,
@@ -79,6 +80,7 @@ def make_validation(
         bits = result.bits_per_byte
         shown = "" if bits is None else f"  {bits:.4f} bits per byte"
         say(f"step {progress.step}  validation loss {result.loss_nats:.4f}{shown}")
+        return False
 
     return run_validation
 
