@@ -91,14 +91,15 @@ def train_as_rank(
         check_compiler(agreement.config, device=world.device)
         if agreement.config.train.deterministic:
             make_deterministic(device=world.device)
-        parts = build(
-            agreement,
-            layout=layout,
-            data=data,
-            opened=opened,
-            world=world,
-            stop_requested=stop.is_requested,
-        )
+        with _memory_errors(agreement.config):
+            parts = build(
+                agreement,
+                layout=layout,
+                data=data,
+                opened=opened,
+                world=world,
+                stop_requested=stop.is_requested,
+            )
         stack.callback(parts.batches.close)
         if opened is not None:
             _introduce(agreement, data)
