@@ -1,4 +1,4 @@
-"""One rank, two and four give the same bits."""
+"""One rank, two, four and eight give the same bits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,21 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-@pytest.mark.parametrize(("lanes", "ranks"), [("2", "2"), ("4", "4")])
+@pytest.mark.parametrize(
+    ("lanes", "ranks"),
+    [
+        ("2", "2"),
+        ("4", "4"),
+        pytest.param("4", "2", marks=pytest.mark.long),
+        pytest.param("8", "8", marks=pytest.mark.long),
+    ],
+)
 def test_any_number_of_ranks_gives_the_bits_of_one(
     recipe: Path, tiny_data: Path, tmp_path: Path, lanes: str, ranks: str
 ) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
-    words = ("--train.lanes", lanes, "--train.stop_at_step", "10")
+    rows = "1" if lanes == "8" else "2"  # 8 rows a step
+    words = ("--train.lanes", lanes, "--train.microbatch_rows", rows, "--train.stop_at_step", "10")
     train_here(recipe, one, tiny_data, *words)
     result = train(recipe, many, tiny_data, *words, "--ranks", ranks)
     assert result.returncode == 0, result.stderr
