@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import hashlib
 import math
 import random
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from milepost.config.recipe import load_recipe
-from milepost.core.files import append_json_line
+from milepost.core.files import append_json_line, write_atomically
+from milepost.runs.evaluations import EvaluationStore
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, write_run_manifest
@@ -20,6 +22,8 @@ from milepost.runs.records import SampleRecord, append_sample
 PROMPTS = ("Fellow citizens of the Senate,", "The state of our Union is")
 STEP_SECONDS = 0.25
 BATCH_TOKENS = 8192
+
+RUN_ID = "0f3a9c51d2e84b77"
 
 WRITTEN = (
     (0, " ggmentsAR the the obs<b>,,,\n\n\n\n\n of of"),
@@ -128,14 +132,19 @@ class MadeRun:
             self.append("sample", step=step, sample_id=record.sample_id)
 
     def evaluate(self, step: int, benchmark: str, *, acc: float, **fields: Any) -> None:
-        """A record of evaluations.jsonl; acc_norm is a tenth higher where the set has it."""
+        """A record and its items; acc_norm is a tenth higher where the set has it."""
+        items = gzip.compress(b"", mtime=0)
+        key = hashlib.sha256(f"{step} {benchmark} {fields}".encode()).hexdigest()
+        file = EvaluationStore(self.layout.root).items_file(key)
+        write_atomically(file, items)
         n = fields.get("n", 1000)
         metrics = {"acc": {"value": acc, "stderr": math.sqrt(acc * (1 - acc) / (n - 1))}}
         if benchmark not in ("boolq", "boolq_reasoned", "winogrande"):
             metrics["acc_norm"] = {"value": 1.1 * acc, "stderr": 0.015}
         usual = {
             "v": 1,
-            "key": hashlib.sha256(f"{step} {benchmark}".encode()).hexdigest(),
+            "key": key,
+            "run_id": RUN_ID,
             "checkpoint_sha256": hashlib.sha256(f"checkpoint {step}".encode()).hexdigest(),
             "step": step,
             "tokens_seen": step * BATCH_TOKENS,
@@ -151,7 +160,8 @@ class MadeRun:
             "chance": 0.5 if benchmark.startswith(("boolq", "piqa", "winogrande")) else 0.25,
             "majority": 0.6217 if benchmark.startswith("boolq") else 0.268,
             "num_truncated": 0,
-            "items": f"items/{step}-{benchmark}.jsonl.gz",
+            "items": f"items/{file.name}",
+            "items_sha256": hashlib.sha256(items).hexdigest(),
             "seconds": 12.5,
         }
         append_json_line(self.layout.evaluations, usual | fields)
@@ -175,7 +185,7 @@ def make_run(folder: Path, *, total_steps: int = 1000, name: str = "") -> MadeRu
     words += ["--samples.prompts", str([*PROMPTS]), "--samples.every_steps", "100"]
     layout = RunLayout(folder)
     manifest = RunManifest(
-        run_id="0f3a9c51d2e84b77",
+        run_id=RUN_ID,
         created="2026-01-05T08:59:58.120Z",
         config=load_recipe("demo", overrides=[*words, "--run.name", f'"{name}"']),
         recipe="demo",

@@ -137,7 +137,7 @@ def test_what_was_swapped_between_two_checkpoints_is_found_in_both(
 ) -> None:
     checkpoints = half / "checkpoints"
     swap(checkpoints / NEWEST / name, checkpoints / BEFORE / name)
-    with pytest.raises(CheckpointError, match="none of the 3 recorded checkpoints"):
+    with pytest.raises(CheckpointError, match="none of the 3 known checkpoints"):
         short.train_here(half)
     aside = [event["step"] for event in events(half, "checkpoint_quarantined")]
     assert aside == [15, 10], "the train state of step 5 was dropped, its weights are whole"
@@ -157,11 +157,11 @@ def test_with_every_checkpoint_damaged_nothing_starts_over_however_often_it_is_t
     for folder in (half / "checkpoints").iterdir():
         flip(folder / "model.safetensors")
     before = len(events(half, "step"))
-    with pytest.raises(CheckpointError, match="none of the 3 recorded checkpoints can be used"):
+    with pytest.raises(CheckpointError, match="none of the 3 known checkpoints can be used"):
         short.train_here(half)
     done = short.train(half)
     assert done.returncode == 4, done.stderr
-    assert "none of the 3 recorded checkpoints can be used" in done.stderr
+    assert "none of the 3 known checkpoints can be used" in done.stderr
     assert "hint: look at" in done.stderr and "never starts over" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(events(half, "step")) == before

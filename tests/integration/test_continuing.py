@@ -79,6 +79,20 @@ def test_an_override_makes_the_segment_approximate_and_compares_nothing(
     assert events(half, "replayed") == []
 
 
+def test_what_was_logged_before_an_override_is_no_measure_for_what_comes_after(
+    recipe: Path, tiny_data: Path, half: Path
+) -> None:
+    """A kill after the override: only the overridden steps are compared."""
+    newer = half / "checkpoints" / "step-00000015"
+    shutil.rmtree(newer)
+    words = ("--optimizer.learning_rate", "1e-3")
+    train_here(recipe, half, tiny_data, *words, "--train.stop_at_step", "12", override=True)
+    shutil.rmtree(half / "checkpoints" / "step-00000012")
+    train_here(recipe, half, tiny_data, *words)
+    (replayed,) = events(half, "replayed")
+    assert (replayed["compared"], replayed["equal"]) == (2, 2)
+
+
 def test_an_override_that_fails_to_start_leaves_the_run_as_it_was(
     recipe: Path, tiny_data: Path, half: Path, finished: Path
 ) -> None:

@@ -13,6 +13,7 @@ from milepost.core.errors import UsageError
 from milepost.distributed.world import World
 from milepost.evaluation.harness import run_harness
 from milepost.inference.load import load_model
+from milepost.text.tokenizer import Tokenizer
 from tests.conftest import made_up_text
 from tests.tiny_models import tiny_model, write_model_folder
 
@@ -124,6 +125,29 @@ def test_every_kind_of_request_has_the_numbers_of_the_harness_itself(
             if name != "made_up_answers":
                 expected = pytest.approx(expected, abs=1e-4)
             assert found == expected
+
+
+def test_the_vocabulary_is_decoded_once_for_the_same_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    from milepost.evaluation.harness_model import HarnessModel
+
+    model = tiny_model()
+    tokenizer = write_model_folder(tmp_path, model)
+    decode, decoded = Tokenizer.decode, []
+
+    def note(self: Tokenizer, ids: list[int]) -> str:
+        decoded.append(ids)
+        return decode(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", note)
+    settings = {"until": ["."], "max_gen_toks": 1}
+    asked = [Instance("generate_until", {}, (f"{n} the", settings), n) for n in range(17)]
+    harness_model = HarnessModel(model, tokenizer, compute_dtype=torch.float32, world=ALONE)
+    assert len(harness_model.generate_until(asked)) == 17  # more than one batch
+    assert len(decoded) == tokenizer.vocab_size + 17
 
 
 def run_tiny(**changes) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -277,6 +278,79 @@ def test_what_a_killed_replay_left_goes_with_the_next_and_a_living_one_stays(
     with exclusive_lock(living / scratch_copy.SCRATCH_LOCK, what="a replay"):
         assert milepost(["verify", str(run), "--replay"]) == 7
     assert left_beside(run) == [living.name]
+
+
+def note_deletions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are deleted from now on."""
+    names: list[str] = []
+    really = os.unlink
+
+    def note(path: str | Path, *, dir_fd: int | None = None) -> None:
+        names.append(Path(path).name)
+        really(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", note)
+    return names
+
+
+def test_the_lock_of_a_scratch_copy_is_the_last_of_it_that_goes(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from milepost.experiments.replay_plan import plan_replay
+    from milepost.experiments.scratch_copy import SCRATCH_LOCK, scratch_copy
+    from milepost.runs.layout import RunLayout
+
+    plan = plan_replay(RunLayout(run), from_step=None, data=None)
+    for name in "abcd":  # killed replays; the order in a folder is chance
+        dead = run.parent / f".run-replay-{name}"
+        for file in (dead / "run" / "weights", dead / "recipe.toml", dead / SCRATCH_LOCK):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    names = note_deletions(monkeypatch)
+    with scratch_copy(plan):
+        assert names == ["weights", "recipe.toml", SCRATCH_LOCK] * 4
+        names.clear()
+    assert names.index(SCRATCH_LOCK) == len(names) - 1 > 10
+    assert left_beside(run) == []
+
+
+def test_what_a_certificate_says_of_the_run_is_read_before_the_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from milepost.experiments import replay
+
+    def train_and_lose(words: list[str], *, run: Path, **options: Any) -> bool:
+        shutil.copytree(original / "checkpoints" / last, run / "checkpoints" / last)
+        shutil.copyfile(original / "events.jsonl", run / "events.jsonl")
+        (original / "manifest.json").unlink()
+        (original / "checkpoints" / "step-00000009" / "manifest.json").unlink()
+        return True
+
+    original, last = run, "step-00000012"
+    hashes = {step: _sha256(run / "checkpoints" / f"step-{step:08d}") for step in (9, 12)}
+    monkeypatch.setattr(replay, "run_segment", train_and_lose)
+    assert milepost(["verify", str(run), "--replay", "--ranks", "1"]) == 0
+    certificate = certificate_of(run, steps="9-12", ranks=1)
+    assert {f"manifest of step {n}": h for n, h in hashes.items()}.items() <= certificate[
+        "hashes"
+    ].items()
+
+
+def _sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_a_checkpoint_without_weights_is_refused_before_the_training(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run / "checkpoints" / "step-00000012"
+    (folder / "model.safetensors").unlink()
+    head = json.loads((folder / "manifest.json").read_text())
+    del head["files"]["model.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(head, indent=2) + "\n")
+    assert milepost(["verify", str(run), "--replay"]) == 4
+    assert f"{folder / 'model.safetensors'} is missing" in capsys.readouterr().err
+    assert left_beside(run) == []
 
 
 @pytest.mark.long

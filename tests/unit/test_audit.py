@@ -13,7 +13,7 @@ import pytest
 from milepost.checkpoint.audit import Audit, audit, bytes_to_read
 from milepost.checkpoint.store import verify_checkpoint
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.core.files import sha256_of_file
+from milepost.core.files import sha256_of_file, write_json
 from milepost.runs.layout import RunLayout
 from tests.training import events, train_here, write_recipe
 
@@ -86,6 +86,34 @@ def swap_in_another(run: Path) -> None:
 def swap_train_states(run: Path) -> None:
     shutil.rmtree(checkpoint(run, 12) / "train_state")
     shutil.copytree(checkpoint(run, 9) / "train_state", checkpoint(run, 12) / "train_state")
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def tear(run: Path, number: int) -> None:
+    """Leaves half of one line of the history, counted from 1."""
+    path = run / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[number - 1] = lines[number - 1][:20] + "\n"
+    path.write_text("".join(lines))
+
+
+def number_of(run: Path, kind: str, **fields: Any) -> int:
+    """The line of the first such event, counted from 1."""
+    wanted = {"kind": kind, **fields}
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    return next(n for n, e in enumerate(events, 1) if wanted.items() <= e.items())
+
+
+def insert_torn(run: Path, *, before: int) -> None:
+    """Half a line in front of another, counted from 1, as the next writer ends it."""
+    path = run / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines.insert(before - 1, '{"v": 1, "kind": "st\n')
+    path.write_text("".join(lines))
 
 
 def make_a_link(run: Path) -> None:
@@ -192,6 +220,22 @@ DAMAGE: dict[str, tuple[Damage, list[tuple[str, str]]]] = {
         lambda run: append(run, kind="segment_started", restored_step=12),
         [("events.jsonl", "segment 2 is started 2 times")],
     ),
+    "a manifest that names a file elsewhere": (
+        lambda run: edit_manifest(checkpoint(run, 12), files={"/etc/passwd": {}}),
+        [(f"{LATE}/manifest.json", "names a file outside its folder: '/etc/passwd'")],
+    ),
+    "a lone surrogate in the manifest of a train state": (
+        lambda run: edit_manifest(checkpoint(run, 12) / "train_state", run_id="\ud800"),
+        [(f"{LATE}/train_state/manifest.json", "run_id is '\\ud800', expected")],
+    ),
+    "half a line in the middle of the history": (
+        lambda run: insert_torn(run, before=number_of(run, "step", step=4)),
+        [("events.jsonl", "1 line cannot be read, the first is line ")],
+    ),
+    "half a line in place of the end of a segment and one before": (
+        lambda run: [tear(run, number_of(run, "validation", step=6)), tear(run, 2)],
+        [("events.jsonl", "2 lines cannot be read, the first is line 2")],
+    ),
     "an edited config": (
         edit_config,
         [("manifest.json", "the config does not match its hash")],
@@ -237,6 +281,48 @@ def test_a_torn_line_is_told_and_is_no_fault(run: Path) -> None:
     result = look(run)
     assert result.findings == []
     assert "1 line of events.jsonl is torn" in result.notes[0]
+
+
+def test_torn_lines_before_the_first_of_a_new_segment_are_told_and_are_no_fault(run: Path) -> None:
+    without(run, "segment_ended", segment=1)
+    first = number_of(run, "segment_started", segment=2)
+    for _ in range(2):  # the second segment was killed at once, and begun again
+        insert_torn(run, before=first)
+    shutil.rmtree(checkpoint(run, 12))
+    append(run, kind="checkpoint_quarantined", segment=3, step=12)
+    last = len((run / "events.jsonl").read_text().splitlines())
+    insert_torn(run, before=last)
+    result = look(run)
+    assert result.findings == []
+    assert "3 lines are torn" in result.notes[0]
+
+
+def test_a_full_disk_between_a_save_and_its_record_is_told_and_is_no_fault(run: Path) -> None:
+    without(run, "segment_ended", segment=2)
+    without(run, "checkpoint_saved", step=12)
+    append(run, kind="segment_ended", reason="storage", step=12)
+    result = look(run)
+    assert result.findings == []
+    assert "checkpoints/step-00000012 is not in the history yet" in result.notes[0]
+
+
+@pytest.mark.parametrize("reason", ["done", "diverged", "failed"])
+def test_a_save_without_a_record_is_a_fault_after_any_other_end(run: Path, reason: str) -> None:
+    without(run, "segment_ended", segment=2)
+    without(run, "checkpoint_saved", step=12)
+    append(run, kind="segment_ended", reason=reason, step=12)
+    assert found(run) == [("step-00000012", "is not in the history")]
+
+
+def test_a_kill_between_a_save_and_its_record_after_a_quarantine_is_no_fault(run: Path) -> None:
+    without(run, "segment_ended", segment=2)
+    (run / "quarantine").mkdir()
+    checkpoint(run, 12).rename(run / "quarantine" / "step-00000012")
+    append(run, kind="checkpoint_quarantined", step=12, path="quarantine", reason="damaged")
+    without(run, "checkpoint_saved", step=9)
+    result = look(run)
+    assert result.findings == []
+    assert "checkpoints/step-00000009 is not in the history yet" in result.notes[0]
 
 
 def test_a_save_under_way_is_no_fault(run: Path) -> None:

@@ -267,6 +267,8 @@ def test_task_names_are_read() -> None:
         (["--num-fewshot", "-1"], "--num-fewshot -1 cannot be"),
         (["--dtype", "float64"], "--dtype 'float64' cannot be"),
         (["--log-samples"], "--log-samples needs a place"),
+        (["--prepared", "data"], "--prepared is for heldout, which is not among the tasks"),
+        (["--tasks", "piqa", "--prepared", "data"], "add heldout to --tasks"),
         (["--model", "nowhere"], "nowhere is not a folder"),
     ],
 )
@@ -321,6 +323,21 @@ def test_one_model_is_a_table_of_tasks_and_many_are_a_table_a_task(layout, rows)
     many = tables(found.lines)
     assert many[0].startswith("piqa: 6 items, chance 0.5000, majority 0.5000, float32, 0-shot")
     assert [line.split()[:2] for line in many[2:4]] == [["step", "100"], ["step", "200"]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"piqa": 5, "boolq": 5}, "float32, 0-shot, the first 5 items"),
+        ({"piqa": 4, "boolq": 3}, "float32, 0-shot"),
+        ({"piqa": 5, "boolq": 3}, "float32, 0-shot, at most the first 5 items"),
+    ],
+)
+def test_a_table_names_the_limit_where_it_has_left_something_out(counts, words) -> None:
+    levels = {"chance": 0.5, "majority": 0.5, "num_truncated": 0, "metrics": {}}
+    same = levels | {"step": 1, "dtype": "float32", "num_fewshot": 0, "limit": 5}
+    lines = [same | {"benchmark": name, "n": n} for name, n in counts.items()]
+    assert tables(lines)[0] == f"step 1, {words}"
 
 
 def test_harness_files_hold_the_scores_and_the_texts(layout, rows, tmp_path) -> None:

@@ -18,7 +18,7 @@ from milepost.core.environment import code_version
 from milepost.core.errors import StorageError, UsageError
 from milepost.distributed import launch as launch_module
 from milepost.distributed.devices import count_gpus
-from milepost.distributed.launch import _exit_code, launch
+from milepost.distributed.launch import Phrases, _exit_code, _wait_for_all, launch
 from milepost.distributed.meeting_place import PREFIX, meeting_place
 from milepost.distributed.place import Place
 from milepost.distributed.stop_requests import STOP_SIGNALS, StopRequests, held_back_stops
@@ -46,6 +46,23 @@ def test_the_exit_code_is_that_of_the_rank_that_knows_why(
     assert _exit_code(codes) == expected
     talk = capsys.readouterr().err
     assert said in talk if said else talk == ""
+
+
+@pytest.mark.parametrize(("is_saving", "code"), [(True, 0), (False, 1)])
+def test_a_save_of_the_main_rank_is_waited_for_when_another_rank_has_failed(
+    is_saving: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "GRACE_AFTER_REASON_SECONDS", 0.2)
+    mark = tmp_path / "saving"
+    words = f"import pathlib, time; time.sleep(1.5); pathlib.Path({str(mark)!r}).unlink()"
+    words = words if is_saving else "import time; time.sleep(60)"
+    main = subprocess.Popen([sys.executable, "-c", words])
+    other = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    if is_saving:
+        mark.touch()
+    with StopRequests() as stops:
+        codes = _wait_for_all([main, other], stops=stops, phrases=Phrases(), saving=mark)
+    assert codes == {1: 3, 0: code}
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)

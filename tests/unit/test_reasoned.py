@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from milepost.core.errors import UsageError
+from milepost.core.errors import DivergedError, UsageError
 from milepost.distributed.world import World
 from milepost.evaluation.items import ItemResult
 from milepost.evaluation.reasoned import (
@@ -232,6 +233,32 @@ def test_a_stop_asked_of_one_rank_gives_it_up_on_all(
         )
 
     assert as_threads(monkeypatch, size=2, score=score) == [None, None]
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_logits_that_are_not_finite_on_one_rank_are_told_by_all(
+    task: ReasonedBoolq,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    bad_rank: int,
+) -> None:
+    # Any token ends a reason, so that no rank writes the bad one.
+    task = replace(task, newline_ids=frozenset(range(tokenizer.vocab_size)))
+    batches = [{i for n in batch for i in task.prompts_ids[n]} for batch in task._batches()]
+    assert len(batches) == 2  # one a rank
+    only_there = min(batches[bad_rank] - batches[1 - bad_rank])
+    model = tiny_model(max_position_embeddings=CONTEXT)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[only_there] = math.inf
+
+    def score(world: World) -> str:
+        with pytest.raises(DivergedError) as caught:
+            task.score(model, tokenizer=tokenizer, compute_dtype=torch.float32, world=world)
+        return caught.value.message
+
+    told = as_threads(monkeypatch, size=2, score=score)
+    assert told[bad_rank] == "the model's logits are not finite"
+    assert told[1 - bad_rank] == "the model's logits are not finite on another rank"
 
 
 _AS_RANK = """

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from milepost.checkpoint.audit import audit
 from milepost.config.recipe import load_recipe
 from milepost.config.schema import CheckpointSection
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import folder_bytes
 from milepost.planner import memory
 from milepost.planner.memory import DiskEstimate, estimate_disk
+from milepost.runs.events import EventWriter
+from milepost.runs.layout import RunLayout
 from milepost.train import saving
 from tests.training import environment, events, train_here, write_recipe
 from tests.unit.test_saving import ROOT, TinyRun, assert_equal
@@ -118,8 +121,39 @@ def test_where_the_only_train_state_is_damaged_nothing_starts_over(
     train_here(recipe, run, tiny_data, *KEEP_ONE, "--train.stop_at_step", "10")
     assert train_states(run) == [10]
     shutil.rmtree(run / "checkpoints" / "step-00000010" / "train_state")
-    with pytest.raises(CheckpointError, match="none of the 2 recorded checkpoints can be used"):
+    with pytest.raises(CheckpointError, match="none of the 2 known checkpoints can be used"):
         train_here(recipe, run, tiny_data, *KEEP_ONE)
+
+
+@pytest.mark.parametrize("is_log_lost", [False, True])
+def test_a_run_with_damaged_checkpoints_that_no_event_names_does_not_start_over(
+    is_log_lost: bool, tmp_path: Path, tiny_data: Path
+) -> None:
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    train_here(recipe, run, tiny_data, "--train.stop_at_step", "5")
+    log = run / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"checkpoint_saved"' not in line))
+    if is_log_lost:
+        log.unlink()
+    (run / "checkpoints" / "step-00000005" / "config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none of the 1 known checkpoints can be used"):
+            train_here(recipe, run, tiny_data)
+
+
+def test_a_checkpoint_that_is_saved_again_after_damage_is_recorded_again(
+    tmp_path: Path, tiny_data: Path
+) -> None:
+    """Set aside, trained and published again, then killed before its event."""
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    train_here(recipe, run, tiny_data, "--train.stop_at_step", "10")
+    sha256 = events(run, "checkpoint_saved")[-1]["sha256"]
+    EventWriter(run / "events.jsonl", segment=1).append("checkpoint_quarantined", step=10)
+    train_here(recipe, run, tiny_data, "--train.stop_at_step", "15")
+    again = [e for e in events(run, "checkpoint_saved") if e["step"] == 10][1:]
+    assert [(e["sha256"], e["recovered"]) for e in again] == [(sha256, True)]
+    assert audit(RunLayout(run)).findings == []
 
 
 class FullestDisk:

@@ -104,6 +104,14 @@ def test_sample_shows_each_step_and_records_it(layout, capsys) -> None:
     assert [line["step"] for line in read_samples(layout.samples)[0]] == [100, 100, 400, 400]
 
 
+def test_samples_of_a_checkpoint_are_recorded_in_its_run(tmp_path, capsys) -> None:
+    layout = write_tiny_run(tmp_path / "run", 100, 200)
+    words = ["sample", str(layout.checkpoint(100)), "--prompt", "The", "--max-new-tokens", "2"]
+    assert run(words) == 0
+    assert [line["step"] for line in read_samples(layout.samples)[0]] == [100]
+    assert f"recorded in {layout.samples}" in capsys.readouterr().err
+
+
 def test_sample_of_a_foreign_model_prints_one_json_document(tmp_path, capsys) -> None:
     write_model_folder(tmp_path, tiny_model(max_position_embeddings=256))
     assert run(["sample", str(tmp_path), "--max-new-tokens", "2", "--json"]) == 0

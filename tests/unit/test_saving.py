@@ -18,7 +18,7 @@ from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.state import Progress, TrainState
 from milepost.checkpoint.store import load_train_state, verify_checkpoint
 from milepost.config.schema import CheckpointSection, OptimizerSection
-from milepost.core.errors import DivergedError, StorageError
+from milepost.core.errors import DivergedError, MilepostError, StorageError
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train import loop, saving
@@ -334,6 +334,40 @@ def test_training_raises_a_failed_save_before_its_next_save(
     assert events(tmp_path / "run", "step")[-1]["step"] == 6, "saved at 5, said after 6"
     (ended,) = events(tmp_path / "run", "segment_ended")
     assert (ended["reason"], ended["step"]) == ("storage", 6)
+
+
+def test_the_history_is_on_the_disk_before_a_checkpoint_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    training = TinyRun(tmp_path)
+    training.writer.events.append("step", step=1)
+    monkeypatch.setattr("milepost.runs.events.fsync_file", lambda path: done.append(path.name))
+    save = saving.save_checkpoint
+
+    def save_and_note(*arguments: Any, **named: Any) -> Any:
+        done.append("checkpoint")
+        return save(*arguments, **named)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save_and_note)
+    training.save_all(1)
+    assert done == ["events.jsonl", "checkpoint"]
+
+
+def test_no_memory_for_a_save_is_said_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, mark = TinyRun(tmp_path), tmp_path / "mark"
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        assert mark.exists()
+        raise MemoryError
+
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    training.saver._mark = mark
+    with pytest.raises(MilepostError, match="out of memory while a checkpoint was written"):
+        training.save_all(1)
+    assert not mark.exists()
 
 
 def test_a_stop_saves_and_waits(

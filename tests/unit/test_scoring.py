@@ -94,6 +94,27 @@ def test_16_bit_scores_are_near_those_of_float32(dtype: torch.dtype) -> None:
         np.testing.assert_allclose(found, expected, atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_answer_is_surer_than_sure_in_16_bits(dtype: torch.dtype) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.head_weight.mul_(40)  # the likeliest token has all of the probability
+    contexts = [tuple(random_ids(4, seed=seed).tolist()) for seed in range(8)]
+    pairs = [Pair(ids, (target,)) for ids in contexts for target in range(VOCAB_SIZE)]
+    found = score_pairs(model, pairs, compute_dtype=dtype, world=ALONE)
+    sure = [score.loglikelihood for score in found if score.is_greedy]
+    assert len(sure) == 8 and max(sure) == 0.0
+
+
+def test_logits_beyond_float16_are_refused_and_never_sure() -> None:
+    model, context = tiny_model(), (1, 2, 3)
+    with torch.no_grad():
+        hidden = model(torch.tensor([context]))[0, -1]
+        model.head_weight[:] = -60_000 * hidden.sign()  # every product is -inf in float16
+    with pytest.raises(DivergedError, match="request 1 has no score"):
+        score_pairs(model, [Pair(context, (4,))], compute_dtype=torch.float16, world=ALONE)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_ranks_gives_the_same_bits(size: int, monkeypatch) -> None:
     monkeypatch.setitem(packing.BATCH_TOKENS, "cpu", 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from milepost.checkpoint.store import (
     verify_model_files,
 )
 from milepost.core.errors import CheckpointError, StorageError
-from milepost.core.files import json_document
+from milepost.core.files import exclusive_lock, json_document, write_json
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 
@@ -183,6 +184,77 @@ def test_a_flipped_bit_of_a_version_is_damage(layout: RunLayout, place: str) -> 
     assert [step for step, _ in aside] == [20]
 
 
+def _rewrite_manifest(folder: Path, **changes: object) -> None:
+    manifest = folder / "manifest.json"
+    write_json(manifest, json.loads(manifest.read_bytes()) | changes)
+
+
+def _name_in_manifest(folder: Path, name: str) -> None:
+    files = json.loads((folder / "manifest.json").read_bytes())["files"]
+    _rewrite_manifest(folder, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+
+
+NO_PLAIN_NAMES = ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\0b", "a\nb", "a\udc80", "\ud800"]
+
+
+@pytest.mark.parametrize("place", ["", "train_state"])
+@pytest.mark.parametrize("name", [*NO_PLAIN_NAMES, "x" * 256, "\xe9" * 128])
+def test_a_manifest_that_names_anything_but_a_file_beside_it_is_damage(
+    layout: RunLayout, place: str, name: str
+) -> None:
+    folder = layout.checkpoint(20) / place
+    _name_in_manifest(folder, name)
+    found, aside = find(layout)
+    assert found is not None and found.step == 10
+    told = f"{folder / 'manifest.json'} names a file outside its folder: {name!r}"
+    assert aside == [(20, told)]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\xe9" * 127, "a b", "..."])
+def test_any_plain_name_that_a_folder_can_hold_is_looked_for(layout: RunLayout, name: str) -> None:
+    folder = layout.checkpoint(20)
+    _name_in_manifest(folder, name)
+    _, aside = find(layout)
+    assert aside == [(20, f"{folder / name} is missing")]
+
+
+def test_a_lone_surrogate_in_a_manifest_is_read_as_it_was_written(layout: RunLayout) -> None:
+    folder = layout.checkpoint(20)
+    _rewrite_manifest(folder, note="\ud800")
+    found, aside = find(layout)
+    assert found is not None and (found.step, aside) == (20, [])
+    _rewrite_manifest(folder, run_id="\ud800")
+    _, aside = find(layout)
+    told = f"{folder / 'manifest.json'}: run_id is '\\ud800', expected '{RUN_ID}'"
+    assert aside == [(20, told)]
+
+
+@pytest.mark.parametrize("depth", [400, 900])
+def test_a_manifest_that_is_too_deep_is_damage(layout: RunLayout, depth: int) -> None:
+    manifest = layout.checkpoint(20) / "manifest.json"
+    nested = "[" * depth + "]" * depth
+    manifest.write_text(manifest.read_text().replace('"v": 1', f'"v": 1, "note": {nested}', 1))
+    found, aside = find(layout)
+    assert found is not None and found.step == 10
+    assert [step for step, _ in aside] == [20]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_that_takes_no_locks_is_told_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    told = f"cannot lock {tmp_path / '.lock'}: {os.strerror(number).lower()}"
+    with (
+        pytest.raises(StorageError, match=re.escape(told)),
+        exclusive_lock(tmp_path / ".lock", what="the run"),
+    ):
+        pass
+
+
 def _pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -334,3 +406,22 @@ def test_nothing_in_the_product_can_unpickle() -> None:
         if UNSAFE.search(line) and not line.lstrip().startswith("#")
     ]
     assert found == []
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_it_was_to_replace(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(layout, 3)
+    manifest = (folder / "manifest.json").read_bytes()
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("milepost.core.files.fsync_file", fail)
+        with pytest.raises(StorageError, match="input/output error"):
+            save(layout, 3, rows=2 * ROWS)
+    assert (folder / "manifest.json").read_bytes() == manifest
+    verify_checkpoint(folder, run_id=RUN_ID, step=3)
+    save(layout, 3, rows=2 * ROWS)
+    assert not [entry for entry in layout.checkpoints.iterdir() if entry.name.startswith(".")]

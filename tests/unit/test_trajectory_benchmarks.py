@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from milepost.runs.evaluations import EvaluationStore
 from milepost.trajectory.benchmark_figures import MAX_PANELS, draw_benchmarks
 from milepost.trajectory.benchmarks import main_series, series_of
 from milepost.trajectory.collect import collect
@@ -125,6 +126,7 @@ def test_the_main_line_of_a_benchmark_has_the_most_steps_then_the_most_items() -
         ({"metrics": scored(0.55), "majority": 0.6}, False),
         ({"metrics": scored(0.55), "majority": None}, True),
         ({"metrics": scored(0.55, None)}, None),
+        ({"metrics": scored(1.0, 0.0)}, None),  # all answers alike
         ({"chance": None, "majority": None}, None),
     ],
 )
@@ -168,6 +170,62 @@ def test_the_course_of_heldout_is_told_where_there_is_no_hellaswag(tmp_path: Pat
         " 27.5 ± 1.5 % at step 0 to 38.5 ± 1.5 % at step 100; guessing gives at best 26.8 %."
         in told
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "n", "words"),
+    [
+        (None, 600, "0-shot, 600 items, float32"),
+        (599, 599, "0-shot, the first 599 items, float32"),
+        (600, 600, "0-shot, the first 600 items, float32"),
+        (601, 600, "0-shot, 600 items, float32"),
+        (600, None, "0-shot, items unknown, float32"),
+    ],
+)
+def test_items_are_called_the_first_only_where_the_limit_was_reached(
+    limit: int | None, n: int | None, words: str
+) -> None:
+    [series], _ = series_of([record(limit=limit, n=n)])
+    assert series.words == words
+
+
+def test_scores_of_other_runs_are_left_out_and_counted(tmp_path: Path) -> None:
+    made = evaluated_run(tmp_path / "run")
+    expected = collect(made.layout.root).benchmarks
+    made.evaluate(200, "hellaswag", acc=0.9, n=10042, run_id="another")
+    made.evaluate(300, "boolq", acc=0.9, run_id=None)
+    found = collect(made.layout.root)
+    assert found.benchmarks == expected and not found.num_bad_lines
+    assert numbers(found)["left_out_scores"] == {"foreign": 2, "not_whole": 0}
+    assert "2 scores of other runs or models are left out." in "\n".join(paragraphs(found))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"other items"])
+def test_scores_without_a_whole_items_file_are_left_out_and_counted(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    made = make_run(tmp_path / "run")
+    made.evaluate(100, "boolq", acc=0.6)
+    expected = collect(made.layout.root).benchmarks
+    made.evaluate(200, "boolq", acc=0.7)
+    line = json.loads(made.layout.evaluations.read_text().splitlines()[-1])
+    file = EvaluationStore(made.layout.root).items_file(line["key"])
+    file.unlink() if content is None else file.write_bytes(content)
+    found = collect(made.layout.root)
+    assert found.benchmarks == expected and not found.num_bad_lines
+    assert numbers(found)["left_out_scores"] == {"foreign": 0, "not_whole": 1}
+    assert "1 score without a whole file of items is left out." in "\n".join(paragraphs(found))
+
+
+def test_a_score_that_was_made_again_is_not_told_as_left_out(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    made.evaluate(100, "boolq", acc=0.6)
+    line = json.loads(made.layout.evaluations.read_text())
+    torn = json.dumps(line | {"items_sha256": "of the file before"})
+    made.layout.evaluations.write_text(f"{torn}\n{json.dumps(line)}\n")
+    found = collect(made.layout.root)
+    assert len(found.benchmarks) == 1
+    assert numbers(found)["left_out_scores"] == {"foreign": 0, "not_whole": 0}
 
 
 def test_a_panel_shows_its_metrics_its_errors_and_what_guessing_gives(tmp_path: Path) -> None:

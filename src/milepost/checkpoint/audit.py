@@ -5,6 +5,7 @@ A training may work in the folder at the same time: what looks wrong is looked a
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from milepost.checkpoint.recorded import Recorded, Records, records_of
 from milepost.checkpoint.store import MANIFEST, STATE_FOLDER, read_checkpoint_manifest, verify_file
 from milepost.core.errors import CheckpointError, MilepostError, StorageError
 from milepost.core.files import sha256_of_file, storage_errors
-from milepost.runs.events import History, read_history
+from milepost.runs.events import Event, History, read_history
 from milepost.runs.layout import RunLayout, checkpoint_folders
 from milepost.runs.manifest import read_run_manifest
 
@@ -118,13 +119,14 @@ def audit(
         again = _look_at_all(layout, run_id=run_id, only=suspects, on_read=lambda *told: None)
         looked = {step: look for step, look in looked.items() if step not in suspects} | again
     history = read_history(layout.events)
-    steps = sorted(_steps_of(history) | set(looked))
+    by_kill, elsewhere = _torn_lines(layout.events) if history.num_bad_lines else ([], [])
+    last = max([*_steps_of(history), *looked], default=0)
     found = [finding for step in sorted(looked) for finding in looked[step].findings]
     folders = [folder for _, folder in checkpoint_folders(layout)]
     return Audit(
-        findings=[*of_manifest, *found, *_check_history(history, last_step=max(steps, default=0))],
+        findings=[*of_manifest, *found, *_check_history(history, last_step=last, torn=elsewhere)],
         notes=[note for step in sorted(looked) for note in looked[step].notes]
-        + _notes_of_history(history),
+        + _notes_of_lines(by_kill),
         num_checkpoints=len(folders),
         num_train_states=sum((folder / STATE_FOLDER).is_dir() for folder in folders),
         num_files=sum(look.num_files for look in looked.values()),
@@ -290,9 +292,13 @@ def _steps_of(history: History) -> set[int]:
     return set(history.latest_by_step("step"))
 
 
-def _check_history(history: History, *, last_step: int) -> Iterator[Finding]:
-    """Gaps in the steps and in the numbers of the segments."""
+def _check_history(history: History, *, last_step: int, torn: list[int]) -> Iterator[Finding]:
+    """Lines `torn` where no kill tears one; gaps in the steps and the numbers of the segments."""
     place = "events.jsonl"
+    if torn:
+        lines = "1 line" if len(torn) == 1 else f"{len(torn)} lines"
+        what = f"{lines} cannot be read, the first is line {torn[0]}: no kill tears a line there"
+        yield Finding(place, what, _HISTORY_IS_TORN)
     starts = [event.get("segment") for event in history.of_kind("segment_started")]
     at_work = [event.get("segment", 0) for event in history.of_kind("step")]
     for number in range(1, max([history.num_segments, *at_work]) + 1):
@@ -318,12 +324,47 @@ def _gaps(steps: set[int], *, first: int, last: int) -> Iterator[tuple[int, int]
             start = None
 
 
-def _notes_of_history(history: History) -> list[str]:
-    count = history.num_bad_lines
-    if not count:
+def _torn_lines(path: Path) -> tuple[list[int], list[int]]:
+    """Numbers, from 1, of the lines that cannot be read: a kill leaves the first, no others.
+
+    A kill tears the last line; whatever comes after that is of a segment not yet begun.
+    """
+    by_kill: list[int] = []
+    elsewhere: list[int] = []
+    torn: list[int] = []
+    num_started = 0
+    with storage_errors(path, verb="read"):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        event = _event_in(line)
+        if event is None:
+            torn.append(number)
+            continue
+        segment = event.get("segment", 0)
+        is_new = isinstance(segment, int) and segment > num_started
+        (by_kill if is_new else elsewhere).extend(torn)
+        torn = []
+        if is_new and event.get("kind") == "segment_started":
+            num_started = segment
+    return by_kill + torn, elsewhere
+
+
+def _event_in(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _notes_of_lines(torn: list[int]) -> list[str]:
+    """Of lines that cannot be read where a kill leaves them."""
+    if not torn:
         return []
-    lines = "1 line of events.jsonl is torn" if count == 1 else f"{count} lines are torn"
-    return [f"{lines}, as a kill or a loss of power leaves it; readers skip it"]
+    lines = "1 line of events.jsonl is" if len(torn) == 1 else f"{len(torn)} lines are"
+    return [f"{lines} torn, as a kill or a loss of power leaves it; readers skip it"]
 
 
 def _finding(error: MilepostError, path: Path, *, layout: RunLayout, meaning: str) -> Finding:

@@ -28,7 +28,8 @@ class Records:
 
     Attributes:
         by_step: each checkpoint's.
-        is_open: whether the last segment has no end on record: it is at work, or was killed.
+        is_open: whether the history may lack what the last segment did last: it is at work, was
+            killed, or ended as the disk took no more.
     """
 
     by_step: dict[int, Recorded]
@@ -42,8 +43,8 @@ class Records:
 
     @property
     def newest_step(self) -> int:
-        """The newest step with a recorded save; 0 where there is none."""
-        return max((s for s, r in self.by_step.items() if r.sha256 is not None), default=0)
+        """The last of `saved_steps`; 0 where there is none."""
+        return max(self.saved_steps, default=0)
 
 
 def records_of(history: History) -> Records:
@@ -53,7 +54,7 @@ def records_of(history: History) -> Records:
     for event in history.events:
         kind, step = event.get("kind"), event.get("step")
         if kind in ("segment_started", "segment_ended"):
-            is_open = kind == "segment_started"
+            is_open = kind == "segment_started" or event.get("reason") == "storage"
         if not isinstance(step, int):
             continue
         before = by_step.get(step, Recorded())

@@ -25,7 +25,7 @@ from milepost.checkpoint.state import TrainState, progress_from_plain
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import (
     as_storage_error,
-    delete_folder,
+    as_utf8,
     folder_bytes,
     free_bytes,
     json_document,
@@ -103,17 +103,16 @@ def save_checkpoint(
             sha256 = _write_manifest(
                 temporary, identity | {"train_state_manifest_sha256": state_sha256}
             )
-            if final.exists():
-                # A save of the same step that was not recorded; this one replaces it.
-                delete_folder(final, doomed=final.with_name(f".deleted-{final.name}"))
-            publish_folder(temporary, final=final)
+            # A step that is trained again after damage may have a checkpoint already.
+            publish_folder(temporary, final=final, doomed=final.with_name(f".deleted-{final.name}"))
+            num_bytes = folder_bytes(final)
     except SafetensorError as error:
         if failure := system_error(error):
             raise as_storage_error(failure, what=str(final)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return SavedCheckpoint(step, sha256, folder_bytes(final), time.monotonic() - started)
+    return SavedCheckpoint(step, sha256, num_bytes, time.monotonic() - started)
 
 
 def _write_model(
@@ -274,7 +273,7 @@ def read_checkpoint_manifest(
     """The manifest of a checkpoint or of its train state, read whole and as it was written.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another run or step than given.
+        CheckpointError: it is missing, damaged, of another run or step, or names files elsewhere.
         StorageError: it cannot be read.
     """
     if folder.is_symlink() or not folder.is_dir():
@@ -285,16 +284,25 @@ def read_checkpoint_manifest(
         raise CheckpointError(f"{folder / MANIFEST} is not a checkpoint manifest")
     if head.get("v") != SCHEMA_VERSION:
         raise CheckpointError(_version_message(folder, head.get("v")), hint=_VERSION_HINT)
-    with storage_errors(manifest, verb="read"):
-        content = manifest.read_bytes()
-    if content != json_document(head).encode():
+    try:
+        with storage_errors(manifest, verb="read"):
+            is_as_written = manifest.read_bytes() == as_utf8(json_document(head))
+    except RecursionError:  # the reader goes deeper than the writer
+        is_as_written = False
+    if not is_as_written:
         raise CheckpointError(f"{manifest} is not as it was written")
     for name, expected in (("run_id", run_id), ("step", step)):
-        if expected is not None and head.get(name) != expected:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: {name} is {head.get(name)!r}, expected {expected!r}"
-            )
+        if expected is not None and (found := head.get(name)) != expected:
+            raise CheckpointError(f"{manifest}: {name} is {found!r}, expected {expected!r}")
+    if wrong := [name for name in head["files"] if not _is_plain_name(name)]:
+        raise CheckpointError(f"{manifest} names a file outside its folder: {wrong[0]!r}")
     return head
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether it names a file in one folder, at most NAME_MAX bytes long (linux/limits.h)."""
+    is_one_name = name not in ("", ".", "..") and "/" not in name
+    return is_one_name and name.isprintable() and len(name.encode()) <= 255
 
 
 def _refuse_later_version(folder: Path) -> None:
@@ -322,14 +330,12 @@ def _version_message(folder: Path, version: Any) -> str:
 
 
 def verify_file(folder: Path, name: str, facts: Any) -> None:
-    """Holds one file of a checkpoint to what its manifest says of it.
+    """Holds one file of a checkpoint to what `read_checkpoint_manifest` gave for it.
 
     Raises:
-        CheckpointError: it is missing, no plain file, outside the folder or changed.
+        CheckpointError: it is missing, no plain file or changed.
         StorageError: it cannot be read.
     """
-    if Path(name).name != name or name in (".", ".."):
-        raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
     path = plain_file(folder / name, error=CheckpointError)
     with storage_errors(path, verb="read"):
         num_bytes = path.stat().st_size

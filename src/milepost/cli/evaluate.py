@@ -90,7 +90,10 @@ def evaluate(
     options: Annotated[Options, Parameter(name="*")] = Options(),
     words: Annotated[Sequence[str], Parameter(parse=False)],
 ) -> None:
-    """Score checkpoints on benchmarks, with the numbers of lm-evaluation-harness 0.4.13.
+    """Score checkpoints on benchmarks, as lm-evaluation-harness 0.4.13 asks them.
+
+    In float32 the numbers are the harness's. In 16 bits the harness rounds log-probabilities and
+    their sums to 16 bits, which makes ties; Milepost does not, so single answers can differ.
 
     Every score is recorded in the run's evaluations.jsonl, with a file of its items; what is
     recorded is not scored again, so a command that was stopped goes on where it was.
@@ -105,10 +108,15 @@ def evaluate(
         The command line, for the ranks that this process starts.
     """
     from milepost.distributed.place import read_place
-    from milepost.evaluation.catalog import PAPER, parse_tasks
+    from milepost.evaluation.catalog import HELDOUT, PAPER, parse_tasks
 
     _check(options)
     names = () if options.harness else parse_tasks(options.tasks or [PAPER])
+    if options.prepared is not None and not options.harness and HELDOUT not in names:
+        raise UsageError(
+            "--prepared is for heldout, which is not among the tasks",
+            hint="add heldout to --tasks, or leave --prepared out",
+        )
     place = read_place(os.environ)
     if place is None:
         _launch(model, ranks=options.ranks, words=words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Line = dict[str, Any]
@@ -46,12 +46,17 @@ def _model_of(line: Line) -> str:
     return f"step {line['step']}" if line["step"] is not None else "the model"
 
 
-def _settings(lines: Iterable[Line]) -> str:
+def _settings(lines: Sequence[Line]) -> str:
     dtypes = {line["dtype"]: None for line in lines}
     shots = {line["num_fewshot"]: None for line in lines}
-    limits = {line["limit"]: None for line in lines}
-    first = "".join(f", the first {limit:,} items" for limit in limits if limit is not None)
-    return f"{' and '.join(dtypes)}, {' and '.join(map(str, shots))}-shot{first}"
+    return f"{' and '.join(dtypes)}, {' and '.join(map(str, shots))}-shot{_cut(lines)}"
+
+
+def _cut(lines: Sequence[Line]) -> str:
+    """The limit, where it has left something out; a smaller set is whole."""
+    cut = [line for line in lines if line["n"] == line["limit"]]
+    words = "the first" if len(cut) == len(lines) else "at most the first"
+    return "".join(f", {words} {limit:,} items" for limit in {line["limit"]: None for line in cut})
 
 
 def _score(line: Line, name: str) -> str:

@@ -29,8 +29,8 @@ def sample(
     """Let checkpoints continue a text.
 
     The end-of-text token is put before the prompt, as it stands before each document in
-    training. Samples of a run are recorded in its samples.jsonl with all settings, and with
-    counts of how much they repeat themselves.
+    training. Samples of a run or of one of its checkpoints are recorded in the run's
+    samples.jsonl with all settings, and with counts of how much they repeat themselves.
 
     Example: `milepost sample runs/demo --prompt "My fellow citizens" --steps all`
 
@@ -56,12 +56,13 @@ def sample(
     json
         One JSON document on stdout.
     """
+    from milepost.evaluation.checkpoints import run_of_model
     from milepost.evaluation.samples import PAPER_PROMPTS, record_samples
     from milepost.inference.load import load_model
     from milepost.runs.layout import RunLayout
-    from milepost.runs.steps import is_run
 
-    log = RunLayout(model).samples if is_run(model) else None
+    of_run = run_of_model(model)
+    log = None if of_run is None else RunLayout(of_run).samples
     records: list[SampleRecord] = []
     for step in _steps(model, steps):
         loaded = load_model(model, step=step)

@@ -107,7 +107,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         StorageError: the disk is full, read-only or failing; `path` is as it was.
     """
-    data = content if isinstance(content, bytes) else _as_utf8(content)
+    data = content if isinstance(content, bytes) else as_utf8(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
-def _as_utf8(text: str) -> bytes:
+def as_utf8(text: str) -> bytes:
     """UTF-8; a lone surrogate (a file name that is not UTF-8) as \\udcXX, JSON's escape of it."""
     return text.encode(errors="backslashreplace")
 
@@ -192,23 +192,30 @@ def _read_regular_file(path: Path) -> bytes:
         return file.read()
 
 
-def publish_folder(temporary: Path, *, final: Path) -> None:
+def publish_folder(temporary: Path, *, final: Path, doomed: Path | None = None) -> None:
     """Makes a finished temporary folder appear under its final name, or not at all.
 
     Every file and folder in it is forced to the disk first, then renamed, then the parent is
-    forced. `final` must not exist.
+    forced.
 
     Args:
         temporary: the folder with everything in it, beside `final`.
         final: its name from now on.
+        doomed: where what has that name now goes, to be deleted when the new one is on the disk;
+            None: nothing has it.
     """
     with storage_errors(final):
         for folder, _, names in os.walk(temporary):
             for name in names:
                 fsync_file(Path(folder) / name)
             fsync_folder(Path(folder))
+        replaced = doomed if final.exists() else None
+        if replaced is not None:
+            final.rename(replaced)
         temporary.rename(final)
         fsync_folder(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
 
 
 def move_aside(path: Path, *, folder: Path) -> Path:
@@ -270,7 +277,7 @@ def append_json_line(path: Path, record: dict[str, Any], *, is_durable: bool = F
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             size = os.fstat(descriptor).st_size
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            data = (b"\n" if torn else b"") + _as_utf8(line)
+            data = (b"\n" if torn else b"") + as_utf8(line)
             try:
                 _write_all(descriptor, data)
                 if is_durable:
@@ -326,19 +333,21 @@ def exclusive_lock(path: Path, *, what: str) -> Iterator[None]:
 
     Raises:
         RunInUseError: another living process holds it; the message names its id.
+        StorageError: the file cannot be written, or the disk takes no locks.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as busy:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise RunInUseError(
-                f"{what} is in use by process {holder}",
-                hint="wait until it ends, or stop it (kill -TERM), then run this again",
-            ) from busy
+        with storage_errors(path, verb="lock"):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as busy:
+                holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+                raise RunInUseError(
+                    f"{what} is in use by process {holder}",
+                    hint="wait until it ends, or stop it (kill -TERM), then run this again",
+                ) from busy
         with storage_errors(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

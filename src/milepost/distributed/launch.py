@@ -24,6 +24,7 @@ from milepost.distributed.meeting_place import meeting_place
 from milepost.distributed.place import (
     PARENT_PIPE_VARIABLE,
     RENDEZVOUS_VARIABLE,
+    SAVING_MARK,
     end_with_pipe,
     read_parent_pipe,
 )
@@ -33,6 +34,9 @@ POLL_SECONDS = 0.02
 
 GRACE_SECONDS = 10.0
 """How long the other ranks may go on after one has died, to say what they saw."""
+
+LONGEST_SAVE_SECONDS = 1800.0
+"""How long the main rank may go on with a save when another rank has died."""
 
 GRACE_AFTER_REASON_SECONDS = 1.0
 """The same after a rank that has said why: the others only wait for it."""
@@ -104,7 +108,7 @@ def launch(
                 children.append(
                     subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,))
                 )
-        return _watch(children, stops=stops, phrases=phrases)
+        return _watch(children, stops=stops, phrases=phrases, saving=folder / SAVING_MARK)
 
 
 def _end_all(children: list[subprocess.Popen[bytes]]) -> None:
@@ -135,10 +139,10 @@ def _loopback_interface() -> str:
 
 
 def _watch(
-    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, saving: Path
 ) -> int:
     stops.pass_on_to(children)
-    codes = _wait_for_all(children, stops=stops, phrases=phrases)
+    codes = _wait_for_all(children, stops=stops, phrases=phrases, saving=saving)
     if stops.must_leave:
         say(f"left at once; {phrases.kept}")
         return LEFT_AT_ONCE_EXIT_CODE
@@ -146,11 +150,14 @@ def _watch(
 
 
 def _wait_for_all(
-    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, saving: Path
 ) -> dict[int, int]:
-    """Exit codes by rank, in the order of the ends; 1 for ranks that are ended here."""
+    """Exit codes by rank, in the order of the ends; 1 for ranks that are ended here.
+
+    Once a rank has failed the others have a grace, and the main one what its save takes.
+    """
     codes: dict[int, int] = {}
-    deadline = math.inf
+    deadline = latest = math.inf
     has_said_stopping = False
     while len(codes) < len(children):
         for rank, child in enumerate(children):
@@ -160,9 +167,14 @@ def _wait_for_all(
                     has_said_why = child.returncode > 1
                     grace = GRACE_AFTER_REASON_SECONDS if has_said_why else GRACE_SECONDS
                     deadline = min(deadline, time.monotonic() + grace)
+                    latest = min(latest, deadline + LONGEST_SAVE_SECONDS)
         if stops.is_requested and not has_said_stopping:
             has_said_stopping = True
             say(f"stopping: {phrases.finishing}; Ctrl-C again leaves at once")
+        if 0 not in codes and saving.exists():
+            # When its save is done the main rank needs a moment to leave.
+            moment = min(time.monotonic() + GRACE_AFTER_REASON_SECONDS, latest)
+            deadline = max(deadline, moment)
         if time.monotonic() > deadline:
             late = [rank for rank in range(len(children)) if rank not in codes]
             _end_all(children)

@@ -6,12 +6,15 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from milepost.core.errors import UsageError
 
 RENDEZVOUS_VARIABLE = "MILEPOST_RENDEZVOUS"
 PARENT_PIPE_VARIABLE = "MILEPOST_PARENT_PIPE"
+SAVING_MARK = "saving"
+"""A file beside the rendezvous that is there while a save is under way."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Place:
     rendezvous: str | None = None
     parent_pipe: int | None = None
     num_restarts: int = 0
+
+    @property
+    def saving_mark(self) -> Path | None:
+        """What tells our launcher to wait for a save; None under torchrun, which does not ask."""
+        return None if self.rendezvous is None else Path(self.rendezvous).with_name(SAVING_MARK)
 
 
 def read_place(environment: Mapping[str, str]) -> Place | None:

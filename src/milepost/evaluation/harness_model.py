@@ -42,6 +42,7 @@ class HarnessModel(TemplateLM):
         self._text = tokenizer
         self._compute_dtype = compute_dtype
         self._milepost_world = world
+        self._stop_ids: dict[tuple[str, ...], frozenset[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -143,11 +144,15 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _ids_that_stop(self, stops: tuple[str, ...]) -> frozenset[int]:
-        """Tokens that begin with a stop string: nothing of them or after them is wanted."""
-        if not stops:
-            return frozenset()
-        ids = range(self._text.vocab_size)
-        return frozenset(i for i in ids if self._text.decode([i]).startswith(stops))
+        """Tokens that begin with a stop string: nothing of them or after them is wanted.
+
+        Kept by stops: to find them the whole vocabulary is decoded.
+        """
+        if stops not in self._stop_ids:
+            ids = range(self._text.vocab_size if stops else 0)
+            begin = (i for i in ids if self._text.decode([i]).startswith(stops))
+            self._stop_ids[stops] = frozenset(begin)
+        return self._stop_ids[stops]
 
 
 class _Wish:

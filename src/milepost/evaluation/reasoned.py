@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from milepost.core.errors import UsageError
+from milepost.core.errors import DivergedError, UsageError
 from milepost.distributed.reduce import gather_in_rank_order
 from milepost.distributed.world import World
 from milepost.evaluation.benchmarks import BENCHMARKS, read_questions
@@ -144,31 +144,53 @@ class ReasonedBoolq:
         stop_requested: Callable[[], bool],
         tell: Callable[[float], None],
     ) -> list[list[int]] | None:
-        """Token ids of every item's reason on every rank; None where a rank was asked to stop."""
+        """Token ids of every item's reason on every rank; None where a rank was asked to stop.
+
+        Raises:
+            DivergedError: on every rank, where the logits were not finite on one.
+        """
         batches = self._batches()[world.rank :: world.size]
         written = torch.full((self.num_items, MAX_REASON_TOKENS), -1, dtype=torch.int64)
         is_stopping = False
+        failure: DivergedError | None = None
         for done, batch in enumerate(batches):
             if is_stopping := stop_requested():
                 break
-            continued = continue_likeliest(
-                model,
-                tokenizer,
-                [self.prompts_ids[number] for number in batch],
-                max_new_tokens=MAX_REASON_TOKENS,
-                stop_ids=self.newline_ids,
-                compute_dtype=compute_dtype,
-            )
+            try:
+                continued = self._continue(model, tokenizer, batch, compute_dtype=compute_dtype)
+            except DivergedError as error:  # the other ranks wait below
+                failure = error
+                break
             for number, ids in zip(batch, continued, strict=True):
                 written[number, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             tell((done + 1) / len(batches))
-        own = torch.cat([written.flatten(), torch.tensor([int(is_stopping)])]).to(world.device)
+        flags = torch.tensor([int(is_stopping), int(failure is not None)])
+        own = torch.cat([written.flatten(), flags]).to(world.device)
         gathered = gather_in_rank_order(own, world=world).cpu()
         if gathered[:, -1].any():
+            raise failure or _diverged_elsewhere()
+        if gathered[:, -2].any():
             return None
         # Where a rank has nothing it has -1, below every id.
-        rows = gathered[:, :-1].amax(dim=0).view(self.num_items, MAX_REASON_TOKENS).tolist()
+        rows = gathered[:, :-2].amax(dim=0).view(self.num_items, MAX_REASON_TOKENS).tolist()
         return [[token_id for token_id in row if token_id >= 0] for row in rows]
+
+    def _continue(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        batch: Sequence[int],
+        *,
+        compute_dtype: torch.dtype,
+    ) -> list[list[int]]:
+        return continue_likeliest(
+            model,
+            tokenizer,
+            [self.prompts_ids[number] for number in batch],
+            max_new_tokens=MAX_REASON_TOKENS,
+            stop_ids=self.newline_ids,
+            compute_dtype=compute_dtype,
+        )
 
     def _batches(self) -> list[list[int]]:
         """Numbers of items that are continued together: of like length, from the items alone."""
@@ -214,6 +236,14 @@ def open_reasoned(
         answer_ids=answer_ids,
         choices_ids=choices_ids,
         newline_ids=_newline_ids(tokenizer),
+    )
+
+
+def _diverged_elsewhere() -> DivergedError:
+    return DivergedError(
+        "the model's logits are not finite on another rank",
+        hint="its weights are damaged or beyond what the dtype holds: take an earlier checkpoint, "
+        "or score it in float32",
     )
 
 

@@ -221,9 +221,13 @@ def _read(
     target_K = torch.cat([batch.target_K for batch in batches])
     hidden_RD = torch.cat(list(hidden))
     weight_VD = model.head_weight
-    # The target's logit is not rounded to 16 bits as those of a product would be.
+    # The target's logit is not rounded to 16 bits as those of a product are: that makes ties.
     logits_K = (hidden_RD[read_K].float() * weight_VD[target_K].float()).sum(dim=1)
     loglikelihoods_K = logits_K - log_sum_exp(hidden_RD, weight_VD)[read_K]
+    if hidden_RD.dtype != torch.float32:
+        # It can so be above the sum of the rounded ones. What is not finite stays to be refused.
+        is_above_K = (loglikelihoods_K > 0) & loglikelihoods_K.isfinite()
+        loglikelihoods_K = loglikelihoods_K.masked_fill(is_above_K, 0.0)
     others_K = torch.zeros_like(loglikelihoods_K)
     if wants_greedy:
         others_K = (greedy_ids(hidden_RD, weight_VD)[read_K] != target_K).float()

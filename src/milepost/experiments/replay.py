@@ -10,7 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from milepost.checkpoint.store import MANIFEST, MODEL_FILE, STATE_FOLDER
+from milepost.checkpoint.store import (
+    MANIFEST,
+    MODEL_FILE,
+    STATE_FOLDER,
+    read_checkpoint_manifest,
+)
 from milepost.config.recipe import differences
 from milepost.core.console import progress, say, warn
 from milepost.core.errors import CheckpointError, MilepostError, StopRequested, StorageError
@@ -75,7 +80,8 @@ def replay(
             if ranks is not None:
                 check_ranks(ranks, lanes=plan.config.train.lanes)
             _make_writable(layout.certificates)
-            to_sha256 = verified_sha256(plan, layout, step=plan.to_step)
+            # Before the training: hours of it must not end without a certificate.
+            hashes = _hashes(plan, to_sha256=verified_sha256(plan, layout, step=plan.to_step))
             with scratch_copy(plan) as scratch:
                 _train_again(plan, scratch=scratch, ranks=ranks)
                 history = read_history(scratch.events)
@@ -87,7 +93,7 @@ def replay(
         plan,
         compared=compared,
         notes=notes,
-        hashes=_hashes(plan, to_sha256=to_sha256),
+        hashes=hashes,
         history=history,
         command=command,
         started=started,
@@ -206,11 +212,15 @@ def _certificate(
 
 def _hashes(plan: ReplayPlan, *, to_sha256: str) -> dict[str, str]:
     layout, last = plan.layout, plan.to_step
-    head = read_json(layout.checkpoint(last) / MANIFEST, error=CheckpointError)
-    hashes = {f"weights of step {last}": head["files"][MODEL_FILE]["sha256"]}
+    folder = layout.checkpoint(last)
+    files = read_checkpoint_manifest(folder, run_id=plan.manifest.run_id, step=last)["files"]
+    if MODEL_FILE not in files:
+        raise CheckpointError(f"{folder / MODEL_FILE} is missing")
+    hashes = {f"weights of step {last}": files[MODEL_FILE]["sha256"]}
     if plan.from_step:
         start = layout.checkpoint(plan.from_step) / MANIFEST
-        hashes[f"manifest of step {plan.from_step}"] = sha256_of_file(start)
+        with storage_errors(start, verb="read"):
+            hashes[f"manifest of step {plan.from_step}"] = sha256_of_file(start)
     config = read_json(layout.manifest, error=CheckpointError)["config_sha256"]
     return hashes | {
         f"manifest of step {last}": to_sha256,

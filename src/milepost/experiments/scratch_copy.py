@@ -47,7 +47,7 @@ def scratch_copy(plan: ReplayPlan) -> Iterator[RunLayout]:
     with storage_errors(place):
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_delete, folder)
         stack.enter_context(exclusive_lock(folder / SCRATCH_LOCK, what=str(folder)))
         scratch = RunLayout(folder / "run")
         write_run_manifest(scratch, replace(plan.manifest, config=config))
@@ -71,7 +71,16 @@ def _remove_litter(place: Path, *, prefix: str) -> None:
     for lock in place.glob(f"{glob.escape(prefix)}*/{SCRATCH_LOCK}"):
         with contextlib.suppress(RunInUseError, StorageError):
             with exclusive_lock(lock, what=str(lock.parent)):
-                shutil.rmtree(lock.parent, ignore_errors=True)
+                _delete(lock.parent)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a scratch copy, its lock last: by it the next replay finds what a kill leaves."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    for name in ("recipe.toml", SCRATCH_LOCK):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def replay_config(plan: ReplayPlan) -> Config:

@@ -98,7 +98,7 @@ class EvaluationRecord:
 
     @property
     def key(self) -> str:
-        """Hash of all that can change the numbers."""
+        """Hash of what was scored and how."""
         return evaluation_key(self.weights, self.conditions)
 
     def as_line(self) -> dict[str, Any]:
@@ -109,7 +109,10 @@ class EvaluationRecord:
 
 
 def evaluation_key(weights: Weights, conditions: Conditions) -> str:
-    """The name of a score: equal for all that must give equal numbers, no other."""
+    """The name of a score: equal where weights and conditions are.
+
+    The kind of device and the version of the program, which can move last digits, are not in it.
+    """
     return sha256_of_json(weights.identity | asdict(conditions))[:16]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.core.files import append_json_line, read_json_lines
+from milepost.core.files import append_json_line, fsync_file, read_json_lines, storage_errors
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +42,16 @@ class EventWriter:
     def append_durably(self, kind: str, **fields: Any) -> None:
         """As `append`, and the event outlasts a loss of power that comes after the call."""
         append_json_line(self.path, self._event(kind, fields), is_durable=True)
+
+    def force(self) -> None:
+        """Forces everything that was appended so far to the disk.
+
+        Raises:
+            StorageError: the disk fails.
+        """
+        if self.path.exists():
+            with storage_errors(self.path):
+                fsync_file(self.path)
 
     def _event(self, kind: str, fields: Event) -> Event:
         head = {"v": SCHEMA_VERSION, "kind": kind, "time": utc_now(), "segment": self.segment}

@@ -27,6 +27,7 @@ from milepost.model.llama import Llama
 from milepost.planner.cost import count_parameters, flops_per_token
 from milepost.planner.duration import gpu_of_device
 from milepost.runs.evaluations import EvaluationStore
+from milepost.runs.events import History
 from milepost.runs.layout import RunLayout
 from milepost.text.tokenizer import Tokenizer
 from milepost.train.evaluating import make_evaluation, open_tasks
@@ -119,6 +120,7 @@ def build(
     opened: OpenedRun | None,
     world: World,
     stop_requested: Callable[[], bool],
+    saving_mark: Path | None,
 ) -> LoopParts:
     """Everything the loop needs on this rank; every rank must call.
 
@@ -129,6 +131,7 @@ def build(
         opened: the run, on the main rank only.
         world: of this process.
         stop_requested: whether this process was asked to stop.
+        saving_mark: see `Saver`.
 
     Raises:
         CheckpointError: the train state does not fit the model.
@@ -160,7 +163,13 @@ def build(
         )
         # What a kill between a save and its retention left would come on top of the next save.
         writer.drop_old()
-        saver = Saver(writer, model=model, optimizer=optimizer, saved_step=progress.step)
+        saver = Saver(
+            writer,
+            model=model,
+            optimizer=optimizer,
+            saved_step=progress.step,
+            mark=saving_mark,
+        )
         periodic.append(Periodic(1, saver.raise_failure))
         periodic.append(Periodic(config.checkpoint.every_steps, saver.save))
     return LoopParts(
@@ -274,9 +283,13 @@ def _watching(
 
 
 def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayCheck:
-    """What was logged is no measure for steps that are meant to differ from it."""
-    history = None if opened is None or opened.overrides else opened.history
-    return ReplayCheck(history, restored_step=restored_step)
+    """What was logged before a change of the recipe is no measure for the steps after it."""
+    if opened is None or opened.overrides:
+        return ReplayCheck(None, restored_step=restored_step)
+    events = opened.history.events
+    changes = [place for place, event in enumerate(events) if event.get("kind") == "override"]
+    since = events[changes[-1] + 1 :] if changes else events
+    return ReplayCheck(History(since, num_bad_lines=0), restored_step=restored_step)
 
 
 def _restore_weights(model: Llama, state: TrainState) -> None:

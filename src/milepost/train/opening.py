@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from milepost.checkpoint.recorded import records_of
 from milepost.checkpoint.retention import Restorable, newest_restorable
 from milepost.checkpoint.store import remove_litter
 from milepost.config.recipe import differences, is_fixed, is_harmless
@@ -107,25 +108,28 @@ def _find_checkpoint(
     layout: RunLayout, *, manifest: RunManifest, history: History, events: EventWriter
 ) -> Restorable | None:
     remove_litter(layout)
+    records = records_of(history)
+    set_aside = [step for step, recorded in records.by_step.items() if recorded.is_set_aside]
 
     def quarantined(step: int, place: Path, reason: str) -> None:
+        set_aside.append(step)
         warn(f"checkpoint {step} is damaged and was set aside in {place}: {reason}")
         events.append("checkpoint_quarantined", step=step, path=str(place), reason=reason)
 
     found = newest_restorable(
         layout,
         run_id=manifest.run_id,
-        dropped={event["step"] for event in history.of_kind("train_state_dropped")},
+        dropped={step for step, recorded in records.by_step.items() if recorded.is_dropped},
         quarantined=quarantined,
     )
-    saved = history.latest_by_step("checkpoint_saved")
-    if found is None and saved:
+    known = {*records.saved_steps, *set_aside}
+    if found is None and known:
         raise CheckpointError(
-            f"{layout.checkpoints}: none of the {len(saved)} recorded checkpoints can be used",
+            f"{layout.checkpoints}: none of the {len(known)} known checkpoints can be used",
             hint=f"look at {layout.quarantine}; a run never starts over in its own folder, "
             "so choose another --run for a new start",
         )
-    if found is not None and found.step not in saved:
+    if found is not None and found.step not in records.saved_steps:
         # Killed between the checkpoint's rename and its event.
         events.append("checkpoint_saved", step=found.step, sha256=found.sha256, recovered=True)
     return found

@@ -99,6 +99,7 @@ def train_as_rank(
                 opened=opened,
                 world=world,
                 stop_requested=stop.is_requested,
+                saving_mark=place.saving_mark,
             )
         stack.callback(parts.batches.close)
         if opened is not None:

@@ -6,9 +6,11 @@ writing thread's and never touches what is trained on.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -19,7 +21,7 @@ from milepost.checkpoint.state import Progress, TrainState
 from milepost.checkpoint.store import SavedCheckpoint, save_checkpoint
 from milepost.config.schema import CheckpointSection
 from milepost.core.console import say, warn
-from milepost.core.errors import StorageError
+from milepost.core.errors import MilepostError, StorageError
 from milepost.core.units import format_bytes
 from milepost.model.llama import Llama
 from milepost.runs.events import EventWriter
@@ -80,6 +82,8 @@ class CheckpointWriter:
         )
 
     def _save(self, state: TrainState) -> SavedCheckpoint:
+        # No loss of power may leave a checkpoint without the history that led to it.
+        self.events.force()
         saved = save_checkpoint(
             self.layout,
             run_id=self.run_id,
@@ -112,6 +116,7 @@ class Saver:
         model: whose float32 weights are saved, by parameter name.
         optimizer: of the model.
         saved_step: the newest step that needs no saving.
+        mark: a file that is there while a save is under way; None: nobody looks for it.
     """
 
     def __init__(
@@ -121,8 +126,10 @@ class Saver:
         model: Llama,
         optimizer: torch.optim.Optimizer,
         saved_step: int,
+        mark: Path | None = None,
     ) -> None:
         self._writer = writer
+        self._mark = mark
         self._model = model
         self._optimizer = optimizer
         self._saved_step = saved_step
@@ -150,10 +157,20 @@ class Saver:
         )
         copied = self._copy.fill(state)
         waited_seconds = time.monotonic() - started
-        self._writing = self._thread.submit(
-            self._writer.write, copied, waited_seconds=waited_seconds
-        )
+        if self._mark is not None:
+            with contextlib.suppress(OSError):
+                self._mark.touch()
+        self._writing = self._thread.submit(self._write, copied, waited_seconds=waited_seconds)
         self._saved_step = progress.step
+
+    def _write(self, state: TrainState, *, waited_seconds: float) -> None:
+        """What the writing thread does."""
+        try:
+            self._writer.write(state, waited_seconds=waited_seconds)
+        finally:
+            if self._mark is not None:
+                with contextlib.suppress(OSError):
+                    self._mark.unlink()
 
     def raise_failure(self, progress: Progress) -> None:
         """Raises what went wrong with a save that has ended by now; does not wait."""
@@ -165,10 +182,20 @@ class Saver:
 
         Raises:
             StorageError: it failed; earlier checkpoints are as they were.
+            MilepostError: there was no memory for it.
         """
         writing, self._writing = self._writing, None
-        if writing is not None:
+        if writing is None:
+            return
+        try:
             writing.result()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            raise MilepostError(
+                "out of memory while a checkpoint was written; the newest is one from before",
+                hint="milepost plan says what a save takes beside the training",
+            ) from error
 
     def __enter__(self) -> Saver:
         return self
@@ -181,7 +208,7 @@ class Saver:
     ) -> None:
         try:
             self.finish()
-        except StorageError as failure:
+        except MilepostError as failure:
             if error is None:
                 raise
             warn(f"{failure.message}; the newest checkpoint is one from before")

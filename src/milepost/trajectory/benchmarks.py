@@ -98,9 +98,12 @@ class Evaluation:
 
     @property
     def beats_guessing(self) -> bool | None:
-        """By more than two standard errors; None where one of the numbers is unknown."""
+        """By more than two standard errors; None where one of the numbers is unknown.
+
+        An error of 0, that of answers which are all right or all wrong, says as little as none.
+        """
         score = self.main_score
-        if score.stderr is None or self.guessing is None:
+        if not score.stderr or self.guessing is None:
             return None
         return score.value > self.guessing + 2 * score.stderr
 
@@ -122,7 +125,8 @@ class Series:
         """The setting: '0-shot, 10,042 items, float32'."""
         setting, num_items = self.setting, self.latest.num_items
         count = "items unknown" if num_items is None else f"{num_items:,} items"
-        first = "the first " if setting.limit is not None else ""
+        is_cut = num_items is not None and num_items == setting.limit
+        first = "the first " if is_cut else ""
         return f"{setting.num_fewshot}-shot, {first}{count}, {setting.dtype}"
 
     def points(self, metric: str) -> list[tuple[int, Score]]:

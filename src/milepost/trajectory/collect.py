@@ -14,6 +14,7 @@ from typing import Any
 
 from milepost.core.errors import CheckpointError
 from milepost.core.files import read_json_lines
+from milepost.runs.evaluations import EvaluationStore
 from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
@@ -90,11 +91,25 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Evaluation records that can be read and do not count.
+
+    Attributes:
+        foreign: of another run, or of a model that is of none.
+        not_whole: whose items file is missing or is not as it was written.
+    """
+
+    foreign: int
+    not_whole: int
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """What the files of one run hold.
 
     Attributes:
         benchmarks: the scores of checkpoints, in the order of the page.
+        left_out_scores: records that are not among them.
         num_bad_lines: file name to lines that were skipped because they could not be read.
         other_events: kind to count, of the kinds that have no place of their own.
     """
@@ -105,6 +120,7 @@ class Trajectory:
     validation: Table
     hellaswag: Table
     benchmarks: list[Series]
+    left_out_scores: LeftOut
     segments: list[Segment]
     checkpoints: list[Checkpoint]
     samples: list[dict[str, Any]]
@@ -154,11 +170,13 @@ def collect(run: Path) -> Trajectory:
     config = config_with_overrides(manifest.config, history=history)
     manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
-    records, num_bad_records = read_json_lines(layout.evaluations)
-    benchmarks, num_foreign_records = series_of(records)
+    lines, num_bad_lines = read_json_lines(layout.evaluations)
+    records = [line for line in lines if isinstance(line.get("key"), str) and "run_id" in line]
+    own, left_out = _own_records(records, layout=layout, run_id=manifest.run_id)
+    benchmarks, num_empty = series_of(own)
     bad = {
         layout.events.name: history.num_bad_lines + num_foreign,
-        layout.evaluations.name: num_bad_records + num_foreign_records,
+        layout.evaluations.name: num_bad_lines + len(lines) - len(records) + num_empty,
         layout.samples.name: num_bad_samples,
     }
     return Trajectory(
@@ -168,6 +186,7 @@ def collect(run: Path) -> Trajectory:
         validation=_table(history.of_kind("validation"), VALIDATION_FIELDS),
         hellaswag=_table(_hellaswag_scores(benchmarks), HELLASWAG_FIELDS),
         benchmarks=benchmarks,
+        left_out_scores=left_out,
         segments=segments_of(history.events),
         checkpoints=_checkpoints(history.events),
         samples=samples,
@@ -189,6 +208,21 @@ def _known_events(history: History, *, path: Path) -> tuple[History, int]:
         if isinstance(event.get("kind"), str):
             known.append(event)
     return History(known, history.num_bad_lines), len(history.events) - len(known)
+
+
+def _own_records(
+    records: Sequence[dict[str, Any]], *, layout: RunLayout, run_id: str
+) -> tuple[list[dict[str, Any]], LeftOut]:
+    """The records that count, in file order; of two with one key only the later is looked at."""
+    store = EvaluationStore(layout.root)
+    own: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["run_id"] == run_id:
+            own.pop(record["key"], None)
+            own[record["key"]] = record
+    whole_ones = [record for record in own.values() if store.is_whole(record)]
+    num_foreign = sum(record["run_id"] != run_id for record in records)
+    return whole_ones, LeftOut(num_foreign, len(own) - len(whole_ones))
 
 
 def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:

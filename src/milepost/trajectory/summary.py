@@ -34,12 +34,12 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
     """The summary of a run, a paragraph a text."""
     if not trajectory.has_events:
         told = "There are no events yet: nothing of this run has been recorded."
-        return [" ".join([told, *_unreadable(trajectory)])]
+        return [" ".join([told, *_left_out(trajectory), *_unreadable(trajectory)])]
     written = (
         [_progress(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
         _exactness(trajectory.segments),
         [_validation(trajectory), _speed(trajectory)],
-        _benchmarks(trajectory),
+        [*_benchmarks(trajectory), *_left_out(trajectory)],
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
     return [" ".join(sentences) for sentences in written if sentences]
@@ -65,6 +65,7 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
         "first_validation": _as_point(losses[:1], bits[:1]),
         "last_validation": _as_point(losses[-1:], bits[-1:]),
         "benchmarks": [_as_score(series) for series in trajectory.benchmarks],
+        "left_out_scores": asdict(trajectory.left_out_scores),
         "median_tokens_per_second": median_speed(trajectory),
         "training_seconds": sum(s.training_seconds for s in trajectory.segments),
         "wall_seconds": wall_seconds(trajectory.segments),
@@ -272,6 +273,20 @@ def _benchmarks(trajectory: Trajectory) -> list[str]:
             if names:
                 sentences.append(f"{words}: {enumerate_words(names)}.")
     return sentences
+
+
+def _left_out(trajectory: Trajectory) -> list[str]:
+    """Says how many scores of the log do not count, and why."""
+    left_out = trajectory.left_out_scores
+    reasons = (
+        (left_out.foreign, "of other runs or models"),
+        (left_out.not_whole, "without a whole file of items"),
+    )
+    return [
+        f"{plural(count, 'score')} {reason} {'is' if count == 1 else 'are'} left out."
+        for count, reason in reasons
+        if count
+    ]
 
 
 _VERDICTS = {
