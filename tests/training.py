@@ -258,6 +258,8 @@ def train_here(recipe: Path, run: Path, data: Path, *overrides: str, override: b
     from milepost.distributed.place import Place
     from milepost.train.rank import train_as_rank
 
+    if "torch._dynamo" in sys.modules:  # a real segment finds nothing compiled in its process
+        sys.modules["torch._dynamo"].reset()
     config = load_recipe(str(recipe), overrides=("--data.path", str(data), *overrides))
     place = Place(rank=0, size=1, local_rank=0, started_by="milepost")
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}

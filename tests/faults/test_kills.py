@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def test_a_run_goes_from_one_rank_to_two_and_back_with_a_kill_at_each_change(
 
 def check_lost_work(run: Path) -> None:
     """Each segment goes on from the newest checkpoint that was recorded, or from a later one: at
-    most the interval that was being trained is lost, and the one that was being saved.
+    most the interval that was being trained is lost, its last step too, where the next save waits,
+    and the one that was being saved.
     """
     saved = step = 0
     for event in events(run, "checkpoint_saved", "step", "segment_started"):
@@ -44,7 +46,7 @@ def check_lost_work(run: Path) -> None:
         else:
             restored = event["restored_step"] or 0
             assert restored >= saved
-            assert step - restored < 2 * EVERY_STEPS
+            assert step - restored <= 2 * EVERY_STEPS
 
 
 def kill_at_random(course: Course, run: Path, *, source: random.Random, num_kills: int) -> None:
@@ -86,10 +88,12 @@ def test_kills_at_random_moments_lose_no_bit(
     check_lost_work(run)
 
 
-def strace(course: Course, run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def strace(
+    course: Course, run: Path, *words: str, until: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """A segment on one rank with each system call in the tracer's hand."""
     return subprocess.run(
-        ["strace", "-f", "-qq", *words, *course.command(run, "--ranks", "1")],
+        ["strace", "-f", "-qq", *words, *course.command(run, "--ranks", "1", *until)],
         env=environment(),
         capture_output=True,
         text=True,
@@ -131,6 +135,7 @@ def test_a_kill_inside_a_save_goes_on_from_a_whole_checkpoint(
 
 @needs_strace
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("call", "stride"), [("rename", 1), ("fsync", 4), ("write", 40), ("unlink", 1), ("unlinkat", 1)]
 )
@@ -139,11 +144,12 @@ def test_a_kill_at_any_call_of_the_first_saves_loses_no_bit(
 ) -> None:
     """Calls are counted in each thread; the last one is where a run first comes through."""
     num_kills = 0
+    until = ("--train.stop_at_step", "30")  # three saves, the last of which drops a train state
     for when in range(1, 40 * stride, stride):
         run = tmp_path / str(when)
         kill = f"inject={call}:signal=SIGKILL:when={when}"
         stop = ("-e", f"trace={call}", "-e", kill)
-        traced = strace(plain, run, "-o", "/dev/null", *stop)
+        traced = strace(plain, run, "-o", "/dev/null", *stop, until=until)
         if traced.returncode == 0:
             break
         num_kills += 1
