@@ -13,20 +13,7 @@ from typing import Any
 import pytest
 
 from milepost.core.errors import DataError, UsageError
-from tests.training import events, logged_steps, train_here, weights_sha256, write_recipe
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("finished") / "run"
-    summary = train_here(recipe, run, tiny_data)
-    assert summary["status"] == "done"
-    return run
+from tests.training import events, logged_steps, train_here, weights_sha256
 
 
 @pytest.fixture

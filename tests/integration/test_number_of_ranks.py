@@ -12,13 +12,7 @@ from tests.training import (
     train_here,
     validations,
     weights_sha256,
-    write_recipe,
 )
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training import events, logged_steps, train_here, write_recipe
+from tests.training import events, logged_steps, train_here
 
 LAST_STEP = 12
 STOP_AT = 7
@@ -27,11 +27,6 @@ SETTINGS = {
     "recompute": ("--train.recompute", "block"),
     "compiled": ("--train.compile", "true"),
 }
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def train_with_and_without_a_stop(

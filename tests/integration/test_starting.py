@@ -15,21 +15,7 @@ from tests.training import (
     events,
     logged_steps,
     train_here,
-    write_recipe,
 )
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
-@pytest.fixture(scope="module")
-def finished(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("finished") / "run"
-    summary = train_here(recipe, run, tiny_data)
-    assert summary["status"] == "done"
-    return run
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_trained(

@@ -18,15 +18,10 @@ from typing import Any
 import pytest
 
 from milepost.cli.main import run as milepost
-from tests.training import environment, events, start, train_here, wait_for_step, write_recipe
+from tests.training import environment, events, start, train_here, wait_for_step
 
 SHORT = ("--train.total_steps", "12", "--checkpoint.every_steps", "3")
 SAMPLED = ("--samples.every_steps", "2", "--samples.prompts", '["the"]')
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")

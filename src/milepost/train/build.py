@@ -153,18 +153,8 @@ def build(
     )
     saver = None
     if opened is not None:
-        writer = CheckpointWriter(
-            layout=layout,
-            run_id=opened.manifest.run_id,
-            config=config.checkpoint,
-            model_files=_model_files(config, tokenizer=tokenizer, data=data),
-            events=opened.events,
-            good_step=progress.step,
-        )
-        # What a kill between a save and its retention left would come on top of the next save.
-        writer.drop_old()
         saver = Saver(
-            writer,
+            _checkpoint_writer(opened, layout=layout, tokenizer=tokenizer, data=data),
             model=model,
             optimizer=optimizer,
             saved_step=progress.step,
@@ -280,6 +270,24 @@ def _watching(
         is_missing = "sample" in agreement.missing
         periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
     return periodic
+
+
+def _checkpoint_writer(
+    opened: OpenedRun, *, layout: RunLayout, tokenizer: Tokenizer, data: PreparedData
+) -> CheckpointWriter:
+    """The main rank's writer, with the retention of the segment before carried out."""
+    config = opened.config
+    writer = CheckpointWriter(
+        layout=layout,
+        run_id=opened.manifest.run_id,
+        config=config.checkpoint,
+        model_files=_model_files(config, tokenizer=tokenizer, data=data),
+        events=opened.events,
+        good_step=0 if opened.restorable is None else opened.restorable.step,
+    )
+    # What a kill between a save and its retention left would come on top of the next save.
+    writer.drop_old()
+    return writer
 
 
 def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayCheck:

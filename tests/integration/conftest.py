@@ -1,0 +1,23 @@
+"""What the tests of whole runs share: the tiny recipe, and a run of it that has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import train_here, write_recipe
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of 30 steps, as a file."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it on one rank; to be read only."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert train_here(recipe, run, tiny_data)["status"] == "done"
+    return run
