@@ -14,7 +14,7 @@ import pytest
 
 from milepost.core.errors import DataError, UsageError
 from milepost.evaluation import benchmarks
-from milepost.evaluation.benchmarks import BENCHMARKS, find_benchmark, open_benchmark
+from milepost.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from milepost.evaluation.item_cache import load_items, user_cache_folder
 from milepost.evaluation.items import ItemSet
 from milepost.text.tokenizer import Tokenizer, load_tokenizer
@@ -301,15 +301,6 @@ def test_without_the_file_the_message_says_how_to_name_it(tmp_path: Path, gpt2: 
     write(tmp_path, "piqa_dev.jsonl", ROWS["piqa"])
     with pytest.raises(DataError, match=r"more than once: piqa_dev\.jsonl, piqa_val\.jsonl"):
         opened(tmp_path, "piqa", gpt2)
-
-
-def test_an_unknown_benchmark_suggests_the_nearest() -> None:
-    with pytest.raises(UsageError, match="there is no benchmark 'helaswag'") as caught:
-        find_benchmark("helaswag")
-    assert "did you mean hellaswag?" in (caught.value.hint or "")
-    with pytest.raises(UsageError) as caught:
-        find_benchmark("ARC-Easy")
-    assert "did you mean arc_easy?" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"num_fewshot": -1}])

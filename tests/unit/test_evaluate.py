@@ -255,6 +255,9 @@ def test_task_names_are_read() -> None:
         parse_tasks(["hellaswagg"])
     assert caught.value.message == "there is no task 'hellaswagg'"
     assert (caught.value.hint or "").startswith("did you mean hellaswag? tasks: ")
+    with pytest.raises(UsageError) as caught:
+        parse_tasks(["ARC-Easy"])
+    assert "did you mean arc_easy?" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="no task is named"):
         parse_tasks([","])
 

@@ -5,7 +5,6 @@ A training may work in the folder at the same time: what looks wrong is looked a
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,8 @@ from typing import Any
 from milepost.checkpoint.recorded import Recorded, Records, records_of
 from milepost.checkpoint.store import MANIFEST, STATE_FOLDER, read_checkpoint_manifest, verify_file
 from milepost.core.errors import CheckpointError, MilepostError, StorageError
-from milepost.core.files import sha256_of_file, storage_errors
-from milepost.runs.events import Event, History, read_history
+from milepost.core.files import record_in, sha256_of_file, storage_errors
+from milepost.runs.events import History, read_history
 from milepost.runs.layout import RunLayout, checkpoint_folders
 from milepost.runs.manifest import read_run_manifest
 
@@ -338,7 +337,7 @@ def _torn_lines(path: Path) -> tuple[list[int], list[int]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        event = _event_in(line)
+        event = record_in(line)
         if event is None:
             torn.append(number)
             continue
@@ -349,14 +348,6 @@ def _torn_lines(path: Path) -> tuple[list[int], list[int]]:
         if is_new and event.get("kind") == "segment_started":
             num_started = segment
     return by_kill + torn, elsewhere
-
-
-def _event_in(line: bytes) -> Event | None:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return event if isinstance(event, dict) else None
 
 
 def _notes_of_lines(torn: list[int]) -> list[str]:

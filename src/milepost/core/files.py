@@ -316,15 +316,21 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in lines:
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
+        record = record_in(line)
+        if record is None:
             num_bad += 1
+        else:
+            records.append(record)
     return records, num_bad
+
+
+def record_in(line: bytes) -> dict[str, Any] | None:
+    """The record that a line of a log holds; None where it is torn, not JSON or no object."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The seven benchmarks of the paper's Table IV, with the numbers of lm-evaluation-harness 0.4.13.
+"""The seven benchmarks of the paper's Figure 2, with the numbers of lm-evaluation-harness 0.4.13.
 
 Each is defined here once: where its rows lie on the hub, which split is scored, how a row is
 asked, and which metrics the harness gives for it.
@@ -7,7 +7,6 @@ asked, and which metrics the harness gives for it.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,21 +87,6 @@ BENCHMARKS = {
 }
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of a name.
-
-    Raises:
-        UsageError: there is none; the nearest name and all names are given.
-    """
-    if name in BENCHMARKS:
-        return BENCHMARKS[name]
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), BENCHMARKS, n=1)
-    nearest = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(
-        f"there is no benchmark {name!r}", hint=f"{nearest}known: {', '.join(BENCHMARKS)}"
-    )
-
-
 def open_benchmark(
     name: str,
     *,
@@ -123,11 +107,10 @@ def open_benchmark(
         num_fewshot: solved questions before each one.
 
     Raises:
-        UsageError: there is no such benchmark; a number is out of range; a choice is longer than
-            the context.
+        UsageError: a number is out of range; a choice is longer than the context.
         DataError: the rows are missing, damaged, or not those of the benchmark.
     """
-    benchmark = find_benchmark(name)
+    benchmark = BENCHMARKS[name]
     if limit is not None and limit < 1:
         raise UsageError(f"a limit of {limit} items leaves none", hint="1 or more, or no limit")
     if num_fewshot < 0:

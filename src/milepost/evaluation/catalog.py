@@ -45,7 +45,7 @@ def parse_tasks(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _unknown(name: str) -> UsageError:
-    close = difflib.get_close_matches(name.lower(), (PAPER, *TASK_NAMES), n=1)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), (PAPER, *TASK_NAMES), n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     return UsageError(
         f"there is no task {name!r}", hint=f"{guess}tasks: {', '.join((PAPER, *TASK_NAMES))}"
