@@ -15,6 +15,19 @@ from milepost.core.files import as_storage_error, strict
 from milepost.core.units import format_duration
 
 
+def open_closed_streams() -> None:
+    """Puts the null device where standard input, output or error was closed by the starter.
+
+    Otherwise the next file or pipe gets its number, and a child takes that for its stream.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+            os.set_inheritable(number, True)
+
+
 def say(text: str = "") -> None:
     """Talk: one line on stderr. Nobody there to hear it is not an error."""
     if sys.stderr is None:  # closed before the program began
