@@ -47,6 +47,13 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for one test; its folder, which is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "milepost"
+
+
 @pytest.fixture(autouse=True)
 def no_training_left_behind() -> Iterator[None]:
     """Ends trainings that a failed test did not."""
@@ -60,6 +67,14 @@ def no_training_left_behind() -> Iterator[None]:
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that lose no power and write many small folders, which would wait for the disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small made-up benchmarks as files, to be read only."""
+    from tests.benchmark_rows import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,9 @@ tokens = 600
 SHIPPED = ("--train.precision", "bfloat16", "--train.compile", "true")
 """What the packaged recipes come to on this machine; the tiny recipe itself is quicker to start."""
 
+SHORT = ("--train.total_steps", "12", "--checkpoint.every_steps", "3")
+"""Checkpoints of 3, 6, 9 and 12, the last two with a train state."""
+
 COMPARED = ("loss_nats", "grad_norm", "learning_rate", "batch_sha256", "tokens_seen", "data_step")
 
 
@@ -250,6 +253,11 @@ def weights_sha256(run: Path, step: int) -> str:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
     digest.update((folder / "train_state" / "optimizer.safetensors").read_bytes())
     return digest.hexdigest()
+
+
+def left_beside(run: Path) -> list[str]:
+    """Names of what replays have left beside a run."""
+    return [path.name for path in run.parent.iterdir() if "replay" in path.name]
 
 
 def train_here(recipe: Path, run: Path, data: Path, *overrides: str, override: bool = False) -> Any:

@@ -197,6 +197,16 @@ def test_the_architecture_names_only_modules_that_exist() -> None:
             assert any(path.exists() for path in found), f"{folder}/{module}"
 
 
+def test_the_faults_name_only_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert rows
+    for row in rows:
+        for name in row.rstrip("| ").rsplit(" | ", 1)[1].split(", "):
+            folder = "." if "/" in name else "faults"
+            assert (ROOT / "tests" / folder / f"{name}.py").exists(), f"{name} in {row[:40]}"
+
+
 def test_licence_notice_and_citation_are_whole() -> None:
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in licence

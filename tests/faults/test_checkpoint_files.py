@@ -22,6 +22,7 @@ import pytest
 from milepost.checkpoint.store import verify_checkpoint
 from milepost.core.errors import CheckpointError, MilepostError
 from milepost.core.files import json_document, sha256_of_file
+from tests.damage import Payload, approve, cut, flip
 from tests.training import Course, events
 
 NEWEST, BEFORE = "step-00000015", "step-00000010"
@@ -69,16 +70,6 @@ def test_a_flipped_bit_is_found_wherever_it_is(stopped: Path) -> None:
             path.write_bytes(content)
     check_verified(folder)
     assert num_flips >= 200
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def add(path: Path) -> None:
@@ -205,27 +196,11 @@ def test_a_folder_that_poses_as_the_newest_checkpoint_is_set_aside(
     assert events(half, "segment_started")[-1]["restored_step"] == 15
 
 
-def approve(folder: Path) -> None:
-    """Manifests that vouch for what lies there now, as one who wants to harm would write them."""
-    for place in (folder / "train_state", folder):
-        manifest = json.loads((place / "manifest.json").read_text())
-        for name in manifest["files"]:
-            size = (place / name).stat().st_size
-            manifest["files"][name] = {"bytes": size, "sha256": sha256_of_file(place / name)}
-        if place == folder:
-            belongs = sha256_of_file(folder / "train_state" / "manifest.json")
-            manifest["train_state_manifest_sha256"] = belongs
-        (place / "manifest.json").write_text(json_document(manifest))
-
-
-class Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self._marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self._marker,)
+def approve_all(folder: Path) -> None:
+    """A checkpoint's manifests, and the link from the outer to the inner."""
+    approve(folder / "train_state")
+    belongs = sha256_of_file(folder / "train_state" / "manifest.json")
+    approve(folder, train_state_manifest_sha256=belongs)
 
 
 APPROVED = [
@@ -245,7 +220,7 @@ def test_a_pickle_in_the_place_of_a_file_is_never_unpickled(
 
     folder, marker = half / "checkpoints" / NEWEST, tmp_path / "marker"
     (folder / name).write_bytes(pickle.dumps(Payload(marker)))
-    approve(folder)
+    approve_all(folder)
     if name.startswith("train_state/") or name == "model.safetensors":
         with pytest.raises(CheckpointError, match=Path(name).name):
             short.train_here(half)
@@ -319,7 +294,7 @@ def test_a_hostile_tensor_file_with_a_manifest_to_match_is_refused(
 ) -> None:
     folder = half / "checkpoints" / NEWEST
     (folder / name).write_bytes(content)
-    approve(folder)
+    approve_all(folder)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError):
         short.train_here(half)
@@ -347,7 +322,7 @@ def test_hostile_numbers_with_a_manifest_to_match_are_refused(
 ) -> None:
     folder = half / "checkpoints" / NEWEST
     (folder / "train_state" / "state.json").write_text(text)
-    approve(folder)
+    approve_all(folder)
     with pytest.raises(CheckpointError, match=r"state\.json"):
         short.train_here(half)
 

@@ -18,6 +18,7 @@ from milepost.core.errors import DataError, MilepostError
 from milepost.core.files import sha256_of_file
 from milepost.data.prepare import prepare
 from milepost.data.shards import open_prepared
+from tests.damage import Payload, cut, flip, replace_by_pipe, truncate
 from tests.training import Course, events, logged_steps, start, wait_for_step, weights_sha256
 
 SHARD = "train-00000.tokens"
@@ -30,27 +31,8 @@ def data(short: Course, tmp_path: Path) -> Path:
     return Path(shutil.copytree(short.data, tmp_path / "data"))
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def replace_same_size(path: Path) -> None:
     path.write_bytes(os.urandom(path.stat().st_size))
-
-
-def replace_by_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 @pytest.mark.timeout(60)
@@ -138,7 +120,7 @@ def test_a_pickle_in_the_place_of_a_data_file_is_never_unpickled(
 ) -> None:
     """Its hash stands in the manifest, as one who wants to harm would write it."""
     marker = tmp_path / "marker"
-    (data / name).write_bytes(pickle.dumps(_Payload(marker)))
+    (data / name).write_bytes(pickle.dumps(Payload(marker)))
     if name in FILES:
         manifest = json.loads((data / "manifest.json").read_text())
         del manifest["sha256"]
@@ -153,16 +135,6 @@ def test_a_pickle_in_the_place_of_a_data_file_is_never_unpickled(
         for split in (open_prepared(data).train, open_prepared(data).validation):
             list(split.documents_between(0, split.num_tokens))
     assert not marker.exists()
-
-
-class _Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self._marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self._marker,)
 
 
 def test_a_shard_that_is_cut_while_it_is_read_ends_with_3_and_the_run_goes_on_once_it_is_back(

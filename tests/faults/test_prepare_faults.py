@@ -15,6 +15,7 @@ import pytest
 
 from milepost.core.errors import DataError
 from milepost.data.shards import open_prepared
+from tests.sources import content_of
 
 PREPARE = """
 import sys
@@ -41,11 +42,6 @@ def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*words, *options], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name != ".lock"}
 
 
 def num_pieces(out: Path) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.training import train_here, write_recipe
+from tests.training import SHORT, train_here, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,21 @@ def finished(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFac
     run = tmp_path_factory.mktemp("finished") / "run"
     assert train_here(recipe, run, tiny_data)["status"] == "done"
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(recipe: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps on one rank; checkpoints of 3, 6, 9 and 12, the last two with a train state.
+
+    To be read only.
+    """
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train_here(recipe, run, tiny_data, *SHORT)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run that may be changed."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"

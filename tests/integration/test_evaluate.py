@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from milepost.core.errors import CheckpointError, DataError, UsageError
-from milepost.distributed.world import World
 from milepost.evaluation.evaluate import Request, evaluate
 from milepost.evaluation.tasks import never_stop
 from milepost.runs.evaluations import EvaluationStore
 from tests.benchmark_rows import write_rows
+from tests.evaluations import ALONE
 from tests.tiny_models import write_tiny_run
 from tests.training import (
     environment,
@@ -30,17 +29,7 @@ from tests.training import (
     write_recipe,
 )
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def command(model: Path, rows: Path, *more: str, tasks: str = "piqa,boolq") -> list[str]:

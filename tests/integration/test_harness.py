@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from milepost.core.errors import UsageError
-from milepost.distributed.world import World
 from milepost.evaluation.harness import run_harness
 from milepost.inference.load import load_model
 from milepost.text.tokenizer import Tokenizer
 from tests.conftest import made_up_text
+from tests.evaluations import ALONE
 from tests.tiny_models import tiny_model, write_model_folder
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CHOICES = """
 task: made_up_choices
 output_type: multiple_choice

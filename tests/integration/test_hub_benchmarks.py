@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
+from tests.benchmark_rows import parquet
 from tests.hub_server import HubServer
 
 ROWS = [
@@ -53,12 +50,6 @@ except MilepostError as error:
     sys.exit(error.exit_code)
 print(json.dumps([items.data_sha256, len(items.items)]))
 """
-
-
-def parquet(rows: list[dict[str, Any]]) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
 
 
 @pytest.fixture

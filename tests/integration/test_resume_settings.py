@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training import events, logged_steps, train_here
+from tests.training import events, logged_steps, train_here, validations
 
 LAST_STEP = 12
 STOP_AT = 7
@@ -58,10 +58,6 @@ def numbers(run: Path, step: int) -> dict[str, Any]:
     state = json.loads((checkpoint(run, step) / "train_state" / "state.json").read_text())
     del state["progress"]["training_seconds"]
     return state
-
-
-def validations(run: Path) -> dict[int, str]:
-    return {event["step"]: event["loss_nats"].hex() for event in events(run, "validation")}
 
 
 def assert_same_bits(run: Path, other: Path) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from milepost.distributed.world import World
 from milepost.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from milepost.evaluation.items import ItemSet
 from milepost.evaluation.metrics import item_results, metric_values
 from milepost.evaluation.scoring import score_items
 from milepost.inference.load import load_model
 from milepost.text.tokenizer import load_tokenizer
+from tests.evaluations import ALONE
 from tests.tiny_models import tiny_model, write_model_folder
 
 pytest.importorskip("lm_eval")
@@ -43,7 +43,7 @@ ATOL = 1e-4
 """float32 in another order of operations. The harness is asked to add up in float64, an option of
 its own: in float32 neighbors are 1.2e-4 apart above 1024 nats, and some sums are larger."""
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def read_shared(shared_data: Path, benchmark: str) -> list[dict[str, Any]]:
@@ -74,11 +74,6 @@ def write_rows(folder: Path, shared_data: Path, *, first: int, longest: int) -> 
 @pytest.fixture(scope="module")
 def rows_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("parity") / "rows", shared_data, first=12, longest=6)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def harness_tasks(folder: Path, rows_folder: Path) -> Any:

@@ -13,11 +13,21 @@ import pytest
 from milepost.checkpoint.audit import Audit, audit, bytes_to_read
 from milepost.checkpoint.store import verify_checkpoint
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.core.files import sha256_of_file, write_json
+from milepost.core.files import sha256_of_file
+from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
-from tests.training import events, train_here, write_recipe
+from tests.damage import (
+    edit_history,
+    edit_manifest,
+    flip,
+    insert_torn,
+    number_of,
+    tear,
+    truncate,
+    without,
+)
+from tests.training import SHORT, events, train_here, write_recipe
 
-SHORT = ("--train.total_steps", "12", "--checkpoint.every_steps", "3")
 Damage = Callable[[Path], None]
 
 
@@ -51,31 +61,8 @@ def checkpoint(run: Path, step: int) -> Path:
     return RunLayout(run).checkpoint(step)
 
 
-def edit_history(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Each event as `change` gives it back; None takes it out."""
-    path = run / "events.jsonl"
-    changed = [change(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(event) + "\n" for event in changed if event is not None))
-
-
-def append(run: Path, **event: Any) -> None:
-    with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"v": 1, "segment": 2, **event}) + "\n")
-
-
-def without(run: Path, kind: str, **fields: Any) -> None:
-    wanted = {"kind": kind, **fields}
-    edit_history(run, lambda e: None if all(e.get(k) == v for k, v in wanted.items()) else e)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+def append(run: Path, kind: str, *, segment: int = 2, **fields: Any) -> None:
+    EventWriter(run / "events.jsonl", segment).append(kind, **fields)
 
 
 def swap_in_another(run: Path) -> None:
@@ -86,34 +73,6 @@ def swap_in_another(run: Path) -> None:
 def swap_train_states(run: Path) -> None:
     shutil.rmtree(checkpoint(run, 12) / "train_state")
     shutil.copytree(checkpoint(run, 9) / "train_state", checkpoint(run, 12) / "train_state")
-
-
-def edit_manifest(folder: Path, **changes: Any) -> None:
-    path = folder / "manifest.json"
-    write_json(path, json.loads(path.read_text()) | changes)
-
-
-def tear(run: Path, number: int) -> None:
-    """Leaves half of one line of the history, counted from 1."""
-    path = run / "events.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    lines[number - 1] = lines[number - 1][:20] + "\n"
-    path.write_text("".join(lines))
-
-
-def number_of(run: Path, kind: str, **fields: Any) -> int:
-    """The line of the first such event, counted from 1."""
-    wanted = {"kind": kind, **fields}
-    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    return next(n for n, e in enumerate(events, 1) if wanted.items() <= e.items())
-
-
-def insert_torn(run: Path, *, before: int) -> None:
-    """Half a line in front of another, counted from 1, as the next writer ends it."""
-    path = run / "events.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    lines.insert(before - 1, '{"v": 1, "kind": "st\n')
-    path.write_text("".join(lines))
 
 
 def make_a_link(run: Path) -> None:
@@ -193,7 +152,7 @@ DAMAGE: dict[str, tuple[Damage, list[tuple[str, str]]]] = {
         [(f"{LATE}/train_state", "is missing, and the history does not say that it was dropped")],
     ),
     "a dropped train state that is there": (
-        lambda run: append(run, kind="train_state_dropped", step=12),
+        lambda run: append(run, "train_state_dropped", step=12),
         [(f"{LATE}/train_state", "is there, and the history says that it was dropped")],
     ),
     "no record of a save": (
@@ -217,7 +176,7 @@ DAMAGE: dict[str, tuple[Damage, list[tuple[str, str]]]] = {
         [("events.jsonl", "segment 2 is started 0 times")],
     ),
     "two starts of a segment": (
-        lambda run: append(run, kind="segment_started", restored_step=12),
+        lambda run: append(run, "segment_started", restored_step=12),
         [("events.jsonl", "segment 2 is started 2 times")],
     ),
     "a manifest that names a file elsewhere": (
@@ -289,7 +248,7 @@ def test_torn_lines_before_the_first_of_a_new_segment_are_told_and_are_no_fault(
     for _ in range(2):  # the second segment was killed at once, and begun again
         insert_torn(run, before=first)
     shutil.rmtree(checkpoint(run, 12))
-    append(run, kind="checkpoint_quarantined", segment=3, step=12)
+    append(run, "checkpoint_quarantined", segment=3, step=12)
     last = len((run / "events.jsonl").read_text().splitlines())
     insert_torn(run, before=last)
     result = look(run)
@@ -300,7 +259,7 @@ def test_torn_lines_before_the_first_of_a_new_segment_are_told_and_are_no_fault(
 def test_a_full_disk_between_a_save_and_its_record_is_told_and_is_no_fault(run: Path) -> None:
     without(run, "segment_ended", segment=2)
     without(run, "checkpoint_saved", step=12)
-    append(run, kind="segment_ended", reason="storage", step=12)
+    append(run, "segment_ended", reason="storage", step=12)
     result = look(run)
     assert result.findings == []
     assert "checkpoints/step-00000012 is not in the history yet" in result.notes[0]
@@ -310,7 +269,7 @@ def test_a_full_disk_between_a_save_and_its_record_is_told_and_is_no_fault(run: 
 def test_a_save_without_a_record_is_a_fault_after_any_other_end(run: Path, reason: str) -> None:
     without(run, "segment_ended", segment=2)
     without(run, "checkpoint_saved", step=12)
-    append(run, kind="segment_ended", reason=reason, step=12)
+    append(run, "segment_ended", reason=reason, step=12)
     assert found(run) == [("step-00000012", "is not in the history")]
 
 
@@ -318,7 +277,7 @@ def test_a_kill_between_a_save_and_its_record_after_a_quarantine_is_no_fault(run
     without(run, "segment_ended", segment=2)
     (run / "quarantine").mkdir()
     checkpoint(run, 12).rename(run / "quarantine" / "step-00000012")
-    append(run, kind="checkpoint_quarantined", step=12, path="quarantine", reason="damaged")
+    append(run, "checkpoint_quarantined", step=12, path="quarantine", reason="damaged")
     without(run, "checkpoint_saved", step=9)
     result = look(run)
     assert result.findings == []
@@ -333,7 +292,7 @@ def test_a_save_under_way_is_no_fault(run: Path) -> None:
 def test_a_checkpoint_that_was_set_aside_is_not_missed(run: Path) -> None:
     (run / "quarantine").mkdir()
     checkpoint(run, 12).rename(run / "quarantine" / "step-00000012")
-    append(run, kind="checkpoint_quarantined", step=12, path="quarantine", reason="damaged")
+    append(run, "checkpoint_quarantined", step=12, path="quarantine", reason="damaged")
     assert look(run).findings == []
 
 
@@ -349,7 +308,7 @@ def test_a_kill_between_the_record_of_a_drop_and_the_drop_is_told_and_is_no_faul
     run: Path,
 ) -> None:
     without(run, "segment_ended")
-    append(run, kind="train_state_dropped", step=9)
+    append(run, "train_state_dropped", step=9)
     result = look(run)
     assert result.findings == []
     assert "step-00000009/train_state is about to be dropped" in result.notes[0]
@@ -361,7 +320,7 @@ def test_a_training_that_drops_a_train_state_meanwhile_is_no_fault(run: Path) ->
 
     def training_goes_on() -> None:
         shutil.rmtree(states)
-        append(run, kind="train_state_dropped", step=9)
+        append(run, "train_state_dropped", step=9)
 
     result = look(run, wait=training_goes_on)
     assert (result.findings, result.notes) == ([], [])
@@ -371,7 +330,7 @@ def test_a_training_that_drops_a_train_state_meanwhile_is_no_fault(run: Path) ->
 def test_the_history_is_read_again_after_the_checkpoints(run: Path) -> None:
     without(run, "checkpoint_saved", step=12)
     sha256 = sha256_of_file(checkpoint(run, 12) / "manifest.json")
-    result = look(run, wait=lambda: append(run, kind="checkpoint_saved", step=12, sha256=sha256))
+    result = look(run, wait=lambda: append(run, "checkpoint_saved", step=12, sha256=sha256))
     assert result.findings == []
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import (
     append_json_line,
+    exclusive_lock,
     plain_file,
     read_json,
     read_json_lines,
@@ -146,3 +149,19 @@ def test_a_durable_line_is_on_the_disk_or_not_in_the_log(
     with pytest.raises(StorageError, match=r"cannot write .*events\.jsonl: input/output error"):
         append_json_line(path, {"step": 3}, is_durable=True)
     assert read_json_lines(path) == ([{"step": 1}, {"step": 2}], 0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_that_takes_no_locks_is_told_with_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    told = f"cannot lock {tmp_path / '.lock'}: {os.strerror(number).lower()}"
+    with (
+        pytest.raises(StorageError, match=re.escape(told)),
+        exclusive_lock(tmp_path / ".lock", what="the run"),
+    ):
+        pass

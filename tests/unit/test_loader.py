@@ -18,6 +18,7 @@ from milepost.data import assemble, shards
 from milepost.data.loader import Loader, batch_sha256, sequential_rows
 from milepost.data.prepare import prepare
 from milepost.data.shards import PreparedData, open_prepared
+from tests.damage import flip, truncate
 
 TEXTS = [f"Document {n} says {n * n} and " + "again " * (n % 7) for n in range(150)]
 
@@ -154,22 +155,12 @@ def test_documents_are_found_by_their_tokens(data: PreparedData) -> None:
     assert some == documents[3:6]
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize("ending", ["tokens", "offsets", "documents.jsonl"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "bytes, its manifest says"),
-        (flip_a_bit, "has other bytes than its manifest says"),
+        (flip, "has other bytes than its manifest says"),
         (Path.unlink, "is missing"),
     ],
     ids=["truncated", "flipped", "deleted"],

@@ -29,9 +29,9 @@ from milepost.inference.engine import continue_likeliest
 from milepost.inference.load import load_model
 from milepost.model.llama import Llama
 from milepost.text.tokenizer import Tokenizer
+from tests.evaluations import ALONE
 from tests.tiny_models import tiny_model, tiny_tokenizer, write_model_folder
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CONTEXT = 256
 PASSAGES = [
     ("The union is strong", "is the union strong", True),

@@ -14,17 +14,21 @@ from typing import Any
 import pytest
 
 from milepost.checkpoint.audit import audit
+from milepost.checkpoint.retention import drop_old_train_states
 from milepost.config.recipe import load_recipe
 from milepost.config.schema import CheckpointSection
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import folder_bytes
 from milepost.planner import memory
 from milepost.planner.memory import DiskEstimate, estimate_disk
-from milepost.runs.events import EventWriter
+from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train import saving
+from tests.saving_runs import TinyRun, assert_equal, train_states
+from tests.small_checkpoints import find, make_checkpoints
 from tests.training import environment, events, train_here, write_recipe
-from tests.unit.test_saving import ROOT, TinyRun, assert_equal
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -80,13 +84,42 @@ def test_a_train_state_that_nobody_vouches_for_makes_no_other_go(tmp_path: Path)
     assert run.train_states() == [1, 2]
 
 
+def test_a_dropped_train_state_is_on_record_before_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = make_checkpoints(tmp_path / "run", 10, 20)
+    events = EventWriter(layout.events, segment=1)
+    seen: list[str] = []
+    forced, renamed = os.fsync, Path.rename
+
+    def note_fsync(descriptor: int) -> None:
+        seen.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        forced(descriptor)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        seen.append(f"rename {path.name}")
+        return renamed(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+
+    def record(step: int) -> None:
+        events.append_durably("train_state_dropped", step=step)
+
+    assert (
+        drop_old_train_states(layout, good_step=20, keep=2, every_steps=None, record=record) == []
+    )
+    assert drop_old_train_states(layout, good_step=20, keep=1, every_steps=None, record=record) == [
+        10
+    ]
+    assert seen.index("fsync events.jsonl") < seen.index("rename train_state")
+    assert [e["step"] for e in read_history(layout.events).events] == [10]
+    assert not (layout.checkpoint(10) / "train_state").exists()
+    found, aside = find(layout, 10)
+    assert found is not None and (found.step, aside) == (20, [])
+
+
 KEEP_ONE = ("--checkpoint.keep_train_state", "1")
-
-
-def train_states(run: Path) -> list[int]:
-    """Steps whose folder has a train state."""
-    found = (run / "checkpoints").glob("step-*/train_state")
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
 def test_the_only_train_state_is_never_dropped_for_a_damaged_one(

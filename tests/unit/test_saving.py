@@ -16,101 +16,22 @@ import torch
 
 from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.state import Progress, TrainState
-from milepost.checkpoint.store import load_train_state, verify_checkpoint
-from milepost.config.schema import CheckpointSection, OptimizerSection
+from milepost.config.schema import CheckpointSection
 from milepost.core.errors import DivergedError, MilepostError, StorageError
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train import loop, saving
-from milepost.train.optimizer import build_optimizer, moments_by_name
-from milepost.train.saving import CheckpointWriter, Saver
+from milepost.train.saving import Saver
 from milepost.train.stop import StopSignal
-from tests.tiny_models import tiny_model
+from tests.saving_runs import Gate, TinyRun, assert_equal, fail_first
 from tests.training import environment, events, train_here, write_recipe
 
 ROOT = Path(__file__).parents[2]
-RUN_ID = "ab"
-
-
-class TinyRun:
-    """A tiny model in training, and what saves it."""
-
-    def __init__(self, root: Path, *, keep: int = 2) -> None:
-        self.layout = RunLayout(root)
-        self.model = tiny_model()
-        self.optimizer = build_optimizer(self.model, config=OptimizerSection(learning_rate=1e-3))
-        self.writer = CheckpointWriter(
-            layout=self.layout,
-            run_id=RUN_ID,
-            config=CheckpointSection(keep_train_state=keep),
-            model_files={"config.json": b"{}\n"},
-            events=EventWriter(self.layout.events, segment=1),
-            good_step=0,
-        )
-        self.saver = Saver(self.writer, model=self.model, optimizer=self.optimizer, saved_step=0)
-
-    def train(self) -> dict[str, torch.Tensor]:
-        """One update; returns a copy of all that a train state holds."""
-        for parameter in self.model.parameters():
-            parameter.grad = parameter.detach().clone()
-        self.optimizer.step()
-        moments, _ = moments_by_name(self.model, optimizer=self.optimizer)
-        return {name: t.clone() for name, t in (self.model.state_dict() | moments).items()}
-
-    def save(self, step: int) -> None:
-        self.saver.save(Progress(step=step))
-
-    def save_all(self, *steps: int) -> None:
-        """Trains to each step, saves it and waits."""
-        for step in steps:
-            self.train()
-            self.save(step)
-            self.saver.finish()
-
-    def saved(self, step: int) -> dict[str, torch.Tensor]:
-        """What the verified checkpoint of a step holds."""
-        folder = self.layout.checkpoint(step)
-        verify_checkpoint(folder, run_id=RUN_ID, step=step)
-        state = load_train_state(folder)
-        return state.weights | state.moments
-
-    def recorded(self, kind: str) -> list[int]:
-        return [event["step"] for event in read_history(self.layout.events).of_kind(kind)]
-
-    def train_states(self) -> list[int]:
-        """Steps whose folder has a train state."""
-        return sorted(
-            int(folder.parent.name.removeprefix("step-"))
-            for folder in self.layout.checkpoints.glob("step-*/train_state")
-        )
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> TinyRun:
     return TinyRun(tmp_path)
-
-
-class Gate:
-    """Holds a function's calls back until it is opened; counts those that came."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
-        self.num_calls = 0
-        self._arrived, self._open = threading.Event(), threading.Event()
-        really = getattr(target, name)
-
-        def wait(*arguments: Any, **options: Any) -> Any:
-            self.num_calls += 1
-            self._arrived.set()
-            assert self._open.wait(timeout=30)
-            return really(*arguments, **options)
-
-        monkeypatch.setattr(target, name, wait)
-
-    def wait_until_met(self) -> None:
-        assert self._arrived.wait(timeout=30)
-
-    def open(self) -> None:
-        self._open.set()
 
 
 @pytest.fixture
@@ -119,26 +40,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch, saving, "save_checkpoint")
     yield gate
     gate.open()
-
-
-def fail_first(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[Any]:
-    """Lets the first call fail as on a full disk; returns a list that grows with each call."""
-    calls: list[Any] = []
-    really = getattr(target, name)
-
-    def fail_once(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise StorageError("cannot write: no space left on device")
-        return really(*arguments, **options)
-
-    monkeypatch.setattr(target, name, fail_once)
-    return calls
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 def test_what_is_trained_while_a_save_is_written_does_not_reach_the_file(

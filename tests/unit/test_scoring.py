@@ -18,9 +18,9 @@ from milepost.evaluation.packing import Pair, count_shared, pack_row, plan_batch
 from milepost.evaluation.scoring import score_items, score_pairs
 from milepost.model.head import greedy_ids, log_sum_exp
 from milepost.model.llama import Llama
+from tests.evaluations import ALONE
 from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 # Sums of up to 48 tokens in another order of float32 additions.
 ATOL = 1e-4
 

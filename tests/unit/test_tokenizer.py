@@ -42,11 +42,6 @@ SEVERAL_SPACES = st.text(st.sampled_from(" \t\n\u00a0\u2003\x1cab1.'é日"), max
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return load_tokenizer("gpt2")
-
-
-@pytest.fixture(scope="module")
 def oracle() -> JsonCodec:
     """The other implementation: Hugging Face's tokenizers."""
     return JsonCodec(gpt2_tokenizer_json())

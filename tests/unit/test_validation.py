@@ -6,12 +6,10 @@ import numpy as np
 import torch
 
 from milepost.config.recipe import load_recipe
-from milepost.distributed.world import World
 from milepost.evaluation.validation import ValidationResult, ValidationSet, validate
 from milepost.model.init import initialize
 from milepost.model.llama import Llama
-
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+from tests.evaluations import ALONE
 
 
 def tiny_model() -> Llama:
