@@ -86,6 +86,7 @@ def _launch(
         from milepost.data.run_data import open_run_data
         from milepost.distributed.devices import choose_ranks, count_gpus
         from milepost.distributed.launch import launch
+        from milepost.train.trackers import check_trackers
 
         config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
         open_run_data(config)  # so that what is wrong with it is said once, not by every rank
@@ -93,6 +94,7 @@ def _launch(
             from milepost.evaluation.catalog import parse_tasks
 
             parse_tasks(config.evaluation.tasks)
+        check_trackers(config.tracking.tools)
         num_gpus = count_gpus()
         chosen = choose_ranks(requested=ranks, lanes=config.train.lanes, num_gpus=num_gpus)
         code = launch(words, ranks=chosen, on_gpus=num_gpus > 0, stops=stops)

@@ -140,7 +140,7 @@ def _type_name(annotation: Any) -> str:
     arguments = get_args(annotation)
     if arguments and all(isinstance(a, str | bool | float) for a in arguments):
         return "one of " + ", ".join(str(a).lower() if a is False else str(a) for a in arguments)
-    named = [_type_name(a) for a in arguments if a is not type(None)]
+    named = [_type_name(a) for a in arguments if a not in (type(None), ...)]
     return " or ".join(dict.fromkeys(n for n in named if n)) or "a value"
 
 

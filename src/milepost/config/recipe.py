@@ -27,6 +27,7 @@ HARMLESS = (
     "evaluation.",
     "samples.",
     "guards.collective_timeout_seconds",
+    "tracking.",
 )
 """Fields that cannot alter a run's numbers; the data fingerprint guards `data.path`."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**40)]
 StepCount = Annotated[int, Field(ge=0, le=2**40)]
@@ -162,6 +162,37 @@ class SamplesSection(Section):
     top_k: int | None = Field(None, ge=1, le=2**24, description="Keep the k likeliest tokens.")
 
 
+def _names(value: object) -> object:
+    """A text of names with commas between, or "none", as their list, each name once."""
+    if value == "none":
+        return ()
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return names
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+class TrackingSection(Section):
+    """[tracking]"""
+
+    tools: Annotated[
+        tuple[Literal["tensorboard", "trackio", "wandb"], ...], BeforeValidator(_names)
+    ] = Field((), description="Live trackers that are sent the metrics as they happen.")
+    project: str = Field(
+        "milepost",
+        min_length=1,
+        max_length=128,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="Where trackio and wandb collect runs; letters, digits, _ . -",
+    )
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: nothing leaves this machine; wandb writes files."
+    )
+    every_steps: PositiveInt = Field(
+        1, description="Send every so-many-th step; validation and scores always."
+    )
+
+
 class Config(Section):
     """Everything a run is made of, as one frozen object."""
 
@@ -176,6 +207,7 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
     samples: SamplesSection = SamplesSection()  # type: ignore[call-arg]
     guards: GuardsSection = GuardsSection()  # type: ignore[call-arg]
+    tracking: TrackingSection = TrackingSection()  # type: ignore[call-arg]
 
     @property
     def rows_per_step(self) -> int:

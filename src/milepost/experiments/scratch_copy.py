@@ -100,6 +100,7 @@ def replay_config(plan: ReplayPlan) -> Config:
         "validation": {"every_steps": NEVER_STEPS, "tokens": row_tokens},
         "samples": {"every_steps": None},
         "evaluation": {"every_steps": None},
+        "tracking": {"tools": ()},
     }
     sections = {n: getattr(config, n).model_copy(update=values) for n, values in changes.items()}
     return config.model_copy(update=sections)

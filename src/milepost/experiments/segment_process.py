@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import IO, NoReturn
 from milepost.core.errors import MilepostError, StopRequested
 from milepost.distributed.place import PARENT_PIPE_VARIABLE
 from milepost.runs.events import Event
+from milepost.runs.following import NewEvents
 from milepost.runs.layout import RunLayout
 
 POLL_SECONDS = 0.2
@@ -67,11 +67,12 @@ def run_segment(
         SegmentFailed: it ended with another exit code than 0.
         StopRequested: this process was asked to stop.
     """
-    steps = _NewSteps(RunLayout(run).events)
+    log = RunLayout(run).events
+    events = NewEvents(log, start_byte=log.stat().st_size if log.exists() else 0)
     with tempfile.TemporaryFile() as talk, contextlib.ExitStack() as stack:
         stack.enter_context(stops_as_exceptions())
         process = stack.enter_context(_training(words, talk=talk, environment=environment or {}))
-        was_killed = _watch(process, steps, on_step=on_step, kill_when=kill_when)
+        was_killed = _watch(process, events, on_step=on_step, kill_when=kill_when)
         if process.returncode != 0 and not was_killed:
             talk.seek(0)
             last_words = talk.read().decode(errors="replace").strip().splitlines()[-4:]
@@ -124,40 +125,16 @@ def _training(
                 _kill(process)
 
 
-class _NewSteps:
-    """The `step` events that come after this was made, each given once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._num_bytes_read = path.stat().st_size if path.exists() else 0
-
-    def read(self) -> list[Event]:
-        """Those of the whole lines that were appended since the last look."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._num_bytes_read)
-                appended = file.read()
-        except FileNotFoundError:
-            return []
-        whole = appended[: appended.rfind(b"\n") + 1]
-        self._num_bytes_read += len(whole)
-        events = []
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                events.append(json.loads(line))
-        return [e for e in events if isinstance(e, dict) and e.get("kind") == "step"]
-
-
 def _watch(
     process: subprocess.Popen[bytes],
-    steps: _NewSteps,
+    events: NewEvents,
     *,
     on_step: Callable[[Event], None],
     kill_when: Callable[[Event], bool],
 ) -> bool:
     while True:
         has_ended = process.poll() is not None
-        new = steps.read()
+        new = [event for _, event in events.read() if event.get("kind") == "step"]
         if new:
             on_step(new[-1])
             if not has_ended and kill_when(new[-1]):

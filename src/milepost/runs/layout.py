@@ -36,6 +36,16 @@ class RunLayout:
         return self.root / "samples.jsonl"
 
     @property
+    def ratings(self) -> Path:
+        """Scores of completions by people and by models."""
+        return self.root / "ratings.jsonl"
+
+    @property
+    def judge(self) -> Path:
+        """Folder of what models that rate were asked, and of their raw replies."""
+        return self.root / "judge"
+
+    @property
     def evaluations(self) -> Path:
         """Scores of checkpoints on benchmarks."""
         return self.root / "evaluations.jsonl"
@@ -69,6 +79,11 @@ class RunLayout:
     def report(self) -> Path:
         """The report page."""
         return self.root / "report" / "index.html"
+
+    @property
+    def tracking(self) -> Path:
+        """What live trackers keep here, in a folder each."""
+        return self.root / "tracking"
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` updates."""

@@ -26,6 +26,7 @@ from milepost.runs.layout import RunLayout
 from milepost.train.build import Agreement, agree, build, start_segment
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
+from milepost.train.periodic import Periodic
 from milepost.train.precision import (
     check_compiler,
     make_deterministic,
@@ -33,6 +34,8 @@ from milepost.train.precision import (
     resolve_precision,
 )
 from milepost.train.stop import StopSignal
+from milepost.train.trackers import check_trackers
+from milepost.train.tracking import Tracking
 
 Summary = dict[str, Any]
 
@@ -58,6 +61,7 @@ def train_as_rank(
     stop = StopSignal()
     die_with_parent(place)
     check_ranks(place.size, lanes=config.train.lanes)
+    check_trackers(config.tracking.tools)
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
         data = open_run_data(config)
@@ -68,6 +72,8 @@ def train_as_rank(
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if device_type == "cpu" and place.started_by == "milepost":
             torch.set_num_threads(1)
+        # Before the world: it ends after it, so that no other rank waits for a tracker.
+        tracking = stack.enter_context(Tracking(layout, stop_requested=stop.is_requested))
         world = stack.enter_context(
             join_world(
                 place,
@@ -105,6 +111,8 @@ def train_as_rank(
         if opened is not None:
             _introduce(agreement, data)
             start_segment(parts, opened=opened, config=agreement.config, world=world, layout=layout)
+            tracking.start(agreement.config.tracking, events=opened.events)
+            parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
 
 
