@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 from milepost import __version__
-from milepost.core.console import say, say_error
+from milepost.core.console import open_closed_streams, say, say_error
 from milepost.core.errors import (
     LEFT_AT_ONCE_EXIT_CODE,
     MilepostError,
@@ -27,6 +27,8 @@ VERBS = {
     "verify": "Check a run's checkpoints, and prove that it can be continued exactly.",
     "evaluate": "Score checkpoints on benchmarks.",
     "sample": "Let checkpoints continue a text.",
+    "rate": "Serve a page where people rate completions blind.",
+    "judge": "Have a model behind an endpoint rate completions, as people do.",
     "report": "Write the trajectory report of a run.",
     "plan": "Say what a recipe costs before anything is spent.",
     "doctor": "Say what this machine has and what will be used.",
@@ -122,6 +124,7 @@ def _refused_by_the_system(error: Exception) -> MilepostError | None:
 
 def main() -> None:
     """Entry point of the `milepost` command."""
+    open_closed_streams()
     code = run(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by whoever started us

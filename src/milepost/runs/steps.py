@@ -36,7 +36,7 @@ def parse_steps(text: str, *, layout: RunLayout) -> list[int]:
         CheckpointError: the run has no such checkpoint; the message says which there are.
     """
     available = available_steps(layout)
-    wanted = _wanted(text.strip(), available)
+    wanted = wanted_steps(text, available=available)
     if not available:
         raise CheckpointError(
             f"{layout.root} has no checkpoint yet", hint="let it train up to its first checkpoint"
@@ -50,15 +50,21 @@ def parse_steps(text: str, *, layout: RunLayout) -> list[int]:
     return wanted
 
 
-def describe_steps(available: list[int]) -> str:
-    """One line that says which steps there are, for hints."""
+def describe_steps(available: list[int], *, what: str = "checkpoints") -> str:
+    """One line that says of which steps there are checkpoints, or samples; for hints."""
     if len(available) <= _MOST_SHOWN:
-        return f"there are checkpoints of steps {', '.join(map(str, available))}"
+        return f"there are {what} of steps {', '.join(map(str, available))}"
     shown = ", ".join(map(str, available[: _MOST_SHOWN - 1]))
-    return f"there are {len(available)} checkpoints, of steps {shown} ... {available[-1]}"
+    return f"there are {what} of {len(available)} steps, {shown} ... {available[-1]}"
 
 
-def _wanted(text: str, available: list[int]) -> list[int]:
+def wanted_steps(text: str, *, available: list[int]) -> list[int]:
+    """The steps that a `--steps` option means; those it names may not be available.
+
+    Raises:
+        UsageError: the text is not of that form.
+    """
+    text = text.strip()
     if text == "all":
         return available
     if text == "latest":

@@ -1,0 +1,1 @@
+"""Local pages that a person works with."""
