@@ -135,3 +135,11 @@ def test_the_later_of_two_lines_counts_and_bad_lines_are_counted(tmp_path: Path)
         "depth": 2,
         "creativity": 3,
     }
+
+
+def test_a_person_and_a_model_of_one_name_keep_their_ratings(tmp_path: Path) -> None:
+    log = tmp_path / "ratings.jsonl"
+    for record in (*six("s100-0", 2), *six("s100-0", 9, kind="model")):
+        append_rating(log, record)
+    records, _ = read_ratings(log)
+    assert [r.rater_kind for r in records] == ["person"] * 6 + ["model"] * 6

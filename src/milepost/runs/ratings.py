@@ -92,13 +92,14 @@ def read_ratings(path: Path) -> tuple[list[RatingRecord], int]:
         StorageError: the log is there and cannot be read.
     """
     lines, num_bad = read_json_lines(path)
-    found: dict[tuple[str, str, str, int], RatingRecord] = {}
+    found: dict[tuple[str, str, str, str, int], RatingRecord] = {}
     for line in lines:
         record = rating_in(line)
         if record is None:
             num_bad += 1
             continue
-        place = (record.sample_id, record.rater, record.criterion, record.repeat)
+        rater = (record.rater_kind, record.rater)
+        place = (record.sample_id, *rater, record.criterion, record.repeat)
         found.pop(place, None)
         found[place] = record
     return list(found.values()), num_bad
