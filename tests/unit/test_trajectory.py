@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ import pytest
 from milepost.core.errors import UsageError
 from milepost.trajectory.collect import collect
 from milepost.trajectory.drawing import tick_text
-from milepost.trajectory.figures import draw_panels
+from milepost.trajectory.figures import Panel, draw_panels
 from milepost.trajectory.lines import MAX_RAW_POINTS, line_of
+from milepost.trajectory.opening import subject_of_run
+from milepost.trajectory.report import shown_metrics
 from milepost.trajectory.samples import MAX_STEPS_SHOWN, evenly_spread, sample_groups
+from milepost.trajectory.scale import scale_of
 from milepost.trajectory.summary import enumerate_words, numbers, paragraphs
-from tests.made_runs import make_killed_and_resumed_run, make_run
+from tests.made_runs import MadeRun, make_killed_and_resumed_run, make_run
 
 
 def summary_of(folder: Path) -> str:
@@ -129,6 +131,12 @@ def test_numbers_for_programs(tmp_path: Path) -> None:
     assert values["unreadable_lines"] == {}
 
 
+def panels_of(made: MadeRun) -> dict[str, Panel]:
+    subject = subject_of_run(collect(made.layout.root))
+    panels = draw_panels(subject, scale=scale_of(subject, metrics=shown_metrics(subject)))
+    return {panel.kind.letter: panel for panel in panels}
+
+
 def test_hellaswag_is_drawn_once_it_is_evaluated(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run")
     made.start()
@@ -136,9 +144,9 @@ def test_hellaswag_is_drawn_once_it_is_evaluated(tmp_path: Path) -> None:
     made.evaluate(20, "hellaswag", acc=0.25)
     made.evaluate(20, "hellaswag", acc=0.5, limit=100)
     made.evaluate(30, "piqa", acc=0.5)
-    panel = draw_panels(collect(made.layout.root))[1]
+    panel = panels_of(made)["B"]
     assert panel.svg is not None
-    assert panel.latest == "0.2750 at step 20"
+    assert panel.latest == "27.5 % at step 20"
 
 
 def test_spike_turns_the_axis_logarithmic(tmp_path: Path) -> None:
@@ -147,34 +155,40 @@ def test_spike_turns_the_axis_logarithmic(tmp_path: Path) -> None:
     for step in range(1, 40):
         fields = made.step_fields(step)
         made.append("step", **(fields | {"grad_norm": 1e5 if step == 30 else 0.5}))
-    by_letter = {panel.kind.letter: panel for panel in draw_panels(collect(made.layout.root))}
+    by_letter = panels_of(made)
     assert by_letter["F"].is_log_scale
     assert not by_letter["C"].is_log_scale
 
 
 def test_short_line_is_drawn_as_it_is_and_broken_at_gaps() -> None:
-    points = [(step, float(step)) for step in (1, 2, 3, 10, 20, 21)]
-    line = line_of(points)
+    steps = np.array([1.0, 2, 3, 10, 20, 21, 22])
+    line = line_of(steps, 2 * steps)
     assert line.low is None
     kept = ~np.isnan(line.y)
-    assert [*zip(line.x[kept], line.y[kept], strict=True)] == points
+    assert [*line.x[kept]] == [*steps]
+    assert [*line.y[kept]] == [*(2 * steps)]
     assert list(line.lone_x) == [10]
+
+
+def test_line_through_points_without_a_usual_distance_has_no_gaps() -> None:
+    steps = np.array([2700.0, 3300, 5100, 7500, 15_700, 20_000, 23_900, 35_000])
+    line = line_of(steps, steps)
+    assert not np.isnan(line.y).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, MAX_RAW_POINTS, MAX_RAW_POINTS + 1, 20_000])
 def test_drawn_line_spans_all_steps_and_values(count: int) -> None:
-    points = [(step, math.sin(step)) for step in range(1, count + 1)]
-    line = line_of(points)
+    values = np.sin(np.arange(1.0, count + 1))
+    line = line_of(np.arange(1.0, count + 1), values)
     assert (line.x[0], line.x[-1]) == (1, count)
     assert len(line.x) <= MAX_RAW_POINTS
     low, high = (line.y, line.y) if line.low is None or line.high is None else (line.low, line.high)
-    values = [value for _, value in points]
-    assert (np.nanmin(low), np.nanmax(high)) == (min(values), max(values))
+    assert (np.nanmin(low), np.nanmax(high)) == (values.min(), values.max())
 
 
 def test_long_line_keeps_its_gaps() -> None:
-    steps = [*range(1, 2000), *range(4000, 6000)]
-    line = line_of([(step, 1.0) for step in steps])
+    steps = np.array([*range(1, 2000), *range(4000, 6000)], dtype=np.float64)
+    line = line_of(steps, np.ones(len(steps)))
     absent = line.x[np.isnan(line.y)]
     assert 2000 <= absent.min() < absent.max() <= 4000
 
@@ -247,7 +261,7 @@ def test_command_prints_the_page_or_one_json_document(
     document = json.loads(capsys.readouterr().out)
     assert document["report"] == str(made.layout.report)
     assert document["summary"]["last_step"] == 5
-    assert len(document["files"]) == 9
+    assert len(document["files"]) == 11
     with pytest.raises(UsageError, match="is not a run folder"):
         report(tmp_path)
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from milepost.runs.evaluations import EvaluationStore
-from milepost.trajectory.benchmark_figures import MAX_PANELS, draw_benchmarks
+from milepost.trajectory.benchmark_figures import MAX_PANELS, draw_benchmarks, plots_of
 from milepost.trajectory.benchmarks import main_series, series_of
 from milepost.trajectory.collect import collect
-from milepost.trajectory.report import write_report
+from milepost.trajectory.opening import subject_of_run
+from milepost.trajectory.report import shown_metrics, write_report
+from milepost.trajectory.scale import scale_of
 from milepost.trajectory.summary import numbers, paragraphs
 from tests.made_runs import MadeRun, make_run
 from tests.unit.test_trajectory_report import read_page
@@ -151,7 +153,8 @@ def test_page_tells_draws_and_tables_the_scores(tmp_path: Path) -> None:
     assert (
         "BoolQ (0-shot, 3,270 items, float32). acc, 3 values: first 62.0 ± 0.8 % at step 0,"
         " highest 62.0 ± 0.8 % at step 0, last 52.0 ± 0.9 % at step 200; chance 50.0 %;"
-        " majority 62.2 %." in page.words
+        " majority 62.2 %; TinyLlama-1.1B (2 T tokens) 63.2 %; Pythia-1.0B (300 B tokens) 60.8 %."
+        in page.words
     )
     assert "BoolQ 0-shot, 3,270 items, float32 200 52.0 ± 0.9 % – 50.0 % 62.2 % no" in page.words
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
@@ -230,7 +233,9 @@ def test_a_score_that_was_made_again_is_not_told_as_left_out(tmp_path: Path) -> 
 
 def test_a_panel_shows_its_metrics_its_errors_and_what_guessing_gives(tmp_path: Path) -> None:
     made = evaluated_run(tmp_path / "run")
-    hellaswag, boolq, heldout = draw_benchmarks(collect(made.layout.root))
+    subject = subject_of_run(collect(made.layout.root))
+    scale = scale_of(subject, metrics=shown_metrics(subject))
+    hellaswag, boolq, heldout = draw_benchmarks(plots_of(subject), scale=scale)
     assert [hellaswag.title, boolq.title, heldout.title] == [
         "HellaSwag",
         "BoolQ",
@@ -242,8 +247,12 @@ def test_a_panel_shows_its_metrics_its_errors_and_what_guessing_gives(tmp_path: 
     assert [panel.svg.count("opacity: 0.18") for panel in (hellaswag, boolq)] == [2, 1]
     # A single score has no band but a bar.
     assert [p.svg.count("-error") for p in (hellaswag, boolq, heldout)] == [0, 0, 2]
-    # acc is dashed where acc_norm is not, beside the dashes of chance and majority.
-    assert [p.svg.count("stroke-dasharray") for p in (hellaswag, boolq, heldout)] == [3, 3, 3]
+    # acc is dashed where acc_norm is not, beside the dashes of chance and majority; BoolQ has two
+    # published levels more, those of HellaSwag lie far above the axis.
+    assert [p.svg.count("stroke-dasharray") for p in (hellaswag, boolq, heldout)] == [3, 5, 3]
+    assert ">TinyLlama-1.1B (2 T tokens) 63.2 %<" in boolq.svg
+    assert ">↑ TinyLlama-1.1B (2 T tokens) 54.6 %<" in hellaswag.svg
+    assert "TinyLlama" not in heldout.svg
 
 
 def test_csv_holds_every_score_to_the_last_bit(tmp_path: Path) -> None:
@@ -302,7 +311,8 @@ def test_hostile_names_stay_text_and_many_settings_stay_within_the_page(tmp_path
     for number in range(MAX_PANELS + 3):
         made.evaluate(1, "piqa", acc=0.5, limit=number + 1)
     page = read_page(write_report(made.layout.root))
-    assert not {tag for tag, _ in page.tags} & {"script", "b>"}
+    assert page.num_scripts == 2
+    assert "b>" not in {tag for tag, _ in page.tags}
     assert "</desc><script>alert(1)</script>\ufffd&" in page.text
     assert f"The first {MAX_PANELS} of {MAX_PANELS + 4} settings are drawn." in page.words
 

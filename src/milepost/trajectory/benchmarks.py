@@ -64,12 +64,14 @@ class Evaluation:
     """One checkpoint on one benchmark.
 
     Attributes:
+        key: of its record, and so of its items file; None where the record does not say.
         num_items: that were scored.
         scores: of each metric of `METRICS` that is on record.
         chance: accuracy of guessing; None where it is unknown, as the next.
         majority: accuracy of always giving the commonest place among the choices.
     """
 
+    key: str | None
     step: int
     tokens_seen: int | None
     device: str | None
@@ -203,6 +205,7 @@ def _evaluation(record: dict[str, Any]) -> Evaluation | None:
     if step is None or not scores:
         return None
     return Evaluation(
+        key=text(record.get("key")),
         step=step,
         tokens_seen=whole(record.get("tokens_seen")),
         device=text(record.get("device")),

@@ -21,7 +21,7 @@ from milepost.runs.manifest import RunManifest, read_run_manifest
 from milepost.runs.overrides import config_with_overrides
 from milepost.runs.records import read_samples
 from milepost.trajectory.benchmarks import Series, main_series, series_of
-from milepost.trajectory.fields import finite, whole
+from milepost.trajectory.fields import all_finite, finite, text, whole
 from milepost.trajectory.segments import Segment, segments_of
 
 STEP_FIELDS = (
@@ -112,6 +112,7 @@ class Trajectory:
         left_out_scores: records that are not among them.
         num_bad_lines: file name to lines that were skipped because they could not be read.
         other_events: kind to count, of the kinds that have no place of their own.
+        batches: step to the hash of its batch, where it is on record.
     """
 
     layout: RunLayout
@@ -126,6 +127,7 @@ class Trajectory:
     samples: list[dict[str, Any]]
     num_bad_lines: dict[str, int]
     other_events: dict[str, int]
+    batches: dict[int, str]
 
     @property
     def name(self) -> str:
@@ -192,6 +194,7 @@ def collect(run: Path) -> Trajectory:
         samples=samples,
         num_bad_lines={name: count for name, count in bad.items() if count},
         other_events=_other_events(history.events),
+        batches=_batches(history.of_kind("step")),
     )
 
 
@@ -235,8 +238,13 @@ def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:
     return Table(
         steps=sorted(latest),
         segments=[whole(row.get("segment")) for row in rows],
-        columns={name: [finite(row.get(name)) for row in rows] for name in fields},
+        columns={name: all_finite([row.get(name) for row in rows]) for name in fields},
     )
+
+
+def _batches(events: Iterable[Event]) -> dict[int, str]:
+    found = {whole(e.get("step")): text(e.get("batch_sha256")) for e in events}
+    return {step: sha256 for step, sha256 in found.items() if step is not None and sha256}
 
 
 def _hellaswag_scores(benchmarks: Sequence[Series]) -> Iterable[Event]:

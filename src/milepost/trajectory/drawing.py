@@ -8,11 +8,15 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from milepost.core.units import format_count
+from milepost.trajectory.scale import LABELS, Scale
 
 # Colors that stand for the page's; replaced by its variables, so that one SVG serves light,
 # dark and paper.
@@ -23,10 +27,19 @@ PLACEHOLDERS = {
     "grid": "#040404",
     "tick": "#050505",
     "paper": "#060606",
+    "ink": "#0c0c0c",
+    "course-2": "#070707",
+    "course-3": "#080808",
+    "course-4": "#090909",
+    "course-5": "#0a0a0a",
+    "course-6": "#0b0b0b",
 }
 
-LEFT, RIGHT, TOP, BOTTOM = 52.5, 6.3, 21.6, 25.2
+LEFT, RIGHT, TOP, BOTTOM = 52.5, 6.3, 21.6, 38.0
 """Room around the axes for their numbers, in units of the drawing area."""
+
+POINTS_PER_INCH = 72
+"""With it a unit of the drawing area is a unit of the SVG."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Frame:
         description: the numbers, for those who do not see it; text.
         width, height: of the drawing area, in units that are about pixels on a phone.
         top: of it, above the axes.
+        right: of it, beside the axes.
     """
 
     key: str
@@ -47,9 +61,29 @@ class Frame:
     width: int
     height: int
     top: float = TOP
+    right: float = RIGHT
 
 
-def draw_svg(frame: Frame, *, draw: Callable[[Any], None]) -> str:
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing, and where in it things lie.
+
+    Attributes:
+        svg: an element for the page.
+        transform: matplotlib's, from values to units with the origin at the bottom left.
+    """
+
+    svg: str
+    frame: Frame
+    transform: Any
+
+    def places(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float64[N] twice: units from the left and from the top of the SVG."""
+        units = self.transform.transform(np.stack([x, y], axis=1))
+        return units[:, 0], self.frame.height - units[:, 1]
+
+
+def draw_svg(frame: Frame, *, draw: Callable[[Any], None]) -> Drawing:
     """An SVG element for the page.
 
     Args:
@@ -60,28 +94,37 @@ def draw_svg(frame: Frame, *, draw: Callable[[Any], None]) -> str:
     from matplotlib.figure import Figure
 
     width, height = frame.width, frame.height
-    # The user's own matplotlib settings must not reach the report.
-    with matplotlib.rc_context():
+    # The user's own matplotlib settings must not reach the report. A letter that matplotlib's
+    # font lacks is drawn by the reader's: no warning.
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": f"milepost-{frame.key}"})
-        figure = Figure(figsize=(width / 72, height / 72))
+        size = (width / POINTS_PER_INCH, height / POINTS_PER_INCH)
+        figure = Figure(figsize=size, dpi=POINTS_PER_INCH)
         figure.subplots_adjust(
             left=LEFT / width,
-            right=1 - RIGHT / width,
+            right=1 - frame.right / width,
             top=1 - frame.top / height,
             bottom=BOTTOM / height,
         )
-        draw(figure.add_subplot())
+        axes = figure.add_subplot()
+        draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_the_page(buffer.getvalue(), frame)
+        transform = axes.transData.frozen()
+    return Drawing(_for_the_page(buffer.getvalue(), frame), frame, transform)
 
 
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
+    # A dollar in a name is a dollar.
+    "text.parse_math": False,
     "font.size": 11,
     "axes.edgecolor": PLACEHOLDERS["grid"],
     "axes.labelcolor": PLACEHOLDERS["muted"],
+    "axes.labelsize": 9.5,
+    "axes.labelpad": 3,
     "axes.linewidth": 1.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -102,15 +145,22 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def scale_steps(axes: Any, first_and_last: tuple[int, int]) -> None:
-    """The horizontal axis of a drawing against steps."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def set_scale(axes: Any, scale: Scale) -> None:
+    """The horizontal axis of a drawing."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    first, last = first_and_last
-    margin = 0.02 * (last - first) or 0.5
-    axes.set_xlim(first - margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if scale.is_log:
+        axes.set_xscale("log")
+        margin = (scale.last / scale.first) ** 0.02
+        axes.set_xlim(scale.first / margin, scale.last * margin)
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.minorticks_off()
+    else:
+        margin = 0.02 * (scale.last - scale.first) or 0.5
+        axes.set_xlim(scale.first - margin, scale.last + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=scale.axis == "steps"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.tick(value)))
+    axes.set_xlabel(LABELS[scale.axis] + (", logarithmic" if scale.is_log else ""))
 
 
 def tick_text(value: float) -> str:

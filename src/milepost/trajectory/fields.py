@@ -6,6 +6,8 @@ import datetime
 import math
 from typing import Any
 
+import numpy as np
+
 
 def finite(value: Any) -> float | None:
     """A number as it is, None for everything else: text, truth values, NaN, infinities."""
@@ -15,6 +17,15 @@ def finite(value: Any) -> float | None:
         return value if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def all_finite(values: list[Any]) -> list[float | None]:
+    """`finite` of each; quick where all are numbers or None, as in a history without a fault."""
+    if set(map(type, values)) <= {float, type(None)}:
+        numbers = np.array(values, dtype=np.float64)
+        if np.isfinite(numbers).sum() == len(values) - values.count(None):
+            return values
+    return [finite(value) for value in values]
 
 
 def whole(value: Any) -> int | None:

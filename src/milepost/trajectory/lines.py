@@ -5,7 +5,6 @@ The CSV beside each figure keeps every value; nothing here is written to a file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +14,20 @@ MAX_RAW_POINTS = 700
 
 NUM_BINS = 360
 
+MIN_REGULAR_FRACTION = 0.5
+"""Of the distances between points; a curve with fewer equal ones has no gaps, only few points."""
+
 
 @dataclass(frozen=True)
 class Line:
     """What a panel draws; NaN breaks the line.
 
     Attributes:
-        x: steps.
+        x: places on the horizontal axis.
         y: values, or medians of bins.
         low: lowest value of each bin, None where the line is drawn as it is.
         high: highest value of each bin, likewise.
-        lone_x: steps of points without a neighbour, which a line would not show.
+        lone_x: places of points without a neighbour, which a line would not show.
         lone_y: their values.
     """
 
@@ -37,36 +39,50 @@ class Line:
     lone_y: np.ndarray
 
 
-def line_of(points: Sequence[tuple[int, float]]) -> Line:
-    """The line to draw through (step, value) points in order of step."""
-    steps = np.array([step for step, _ in points], dtype=np.float64)
-    values = np.array([value for _, value in points], dtype=np.float64)
-    if len(points) > MAX_RAW_POINTS:
-        return _binned(steps, values)
-    x, y = _broken_at_gaps(steps, values)
-    return _line(x, y, low=None, high=None)
+def line_of(x: np.ndarray, y: np.ndarray, *, is_log: bool = False) -> Line:
+    """The line to draw through points.
+
+    Args:
+        x: places, float64[N], ascending; above zero where `is_log`.
+        y: values, float64[N], finite.
+        is_log: whether the horizontal axis is logarithmic: bins are then of equal ratio.
+    """
+    if len(x) > MAX_RAW_POINTS:
+        return _binned(x, y, is_log=is_log)
+    broken_x, broken_y = _broken_at_gaps(x, y)
+    return _line(broken_x, broken_y, low=None, high=None)
 
 
-def _broken_at_gaps(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A NaN between two points that are more than twice the usual distance apart."""
-    distances = np.diff(steps)
+def _broken_at_gaps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A NaN between two points that are more than twice the usual distance apart.
+
+    Where no distance is the usual one, as in published tables, nothing is missing.
+    """
+    distances = np.diff(x)
     if len(distances) < 2:
-        return steps, values
-    gaps = np.flatnonzero(distances > 2 * np.median(distances)) + 1
-    return np.insert(steps, gaps, steps[gaps]), np.insert(values, gaps, np.nan)
+        return x, y
+    usual = np.median(distances)
+    if np.mean(np.isclose(distances, usual)) < MIN_REGULAR_FRACTION:
+        return x, y
+    gaps = np.flatnonzero(distances > 2 * usual) + 1
+    return np.insert(x, gaps, x[gaps]), np.insert(y, gaps, np.nan)
 
 
-def _binned(steps: np.ndarray, values: np.ndarray) -> Line:
-    edges = np.linspace(steps[0], steps[-1], NUM_BINS + 1)
-    starts = np.searchsorted(steps, edges[1:-1], side="left")
-    bins = np.split(values, starts)
+def _binned(x: np.ndarray, y: np.ndarray, *, is_log: bool) -> Line:
+    spread = np.geomspace if is_log else np.linspace
+    edges = spread(x[0], x[-1], NUM_BINS + 1)
+    starts = np.searchsorted(x, edges[1:-1], side="left")
+    bins = np.split(y, starts)
     centers = (edges[:-1] + edges[1:]) / 2
     # Whole curves, from the first step to the last: half a bin at either end is otherwise cut.
-    centers[0], centers[-1] = steps[0], steps[-1]
+    centers[0], centers[-1] = x[0], x[-1]
     medians, lows, highs = (
         np.array([reduce(part) if len(part) else np.nan for part in bins])
         for reduce in (np.median, np.min, np.max)
     )
+    if is_log:  # early steps lie further apart than a bin is wide: no value is missing there
+        filled = ~np.isnan(medians)
+        centers, medians, lows, highs = (a[filled] for a in (centers, medians, lows, highs))
     return _line(centers, medians, low=lows, high=highs)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from milepost.config.recipe import as_plain
 from milepost.config.schema import Config
 from milepost.runs.manifest import RunManifest
 from milepost.trajectory.collect import Trajectory
+from milepost.trajectory.course import Course
+from milepost.trajectory.subject import Subject
 
 MAX_VALUE_CHARACTERS = 400
 """Longer values are cut; the run's manifest and the recipe have them whole."""
@@ -74,6 +77,34 @@ def commands(trajectory: Trajectory, *, recipe: str) -> list[str]:
     inspect = [f"milepost data inspect {shlex.quote(path)}"] if path else []
     again = shlex.quote(f"{folder}-again")
     return [*inspect, f"milepost train {shlex.quote(recipe)} --run {again}"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the numbers of one course come from.
+
+    Attributes:
+        facts: (name, words) of what is known of it.
+        notes: what a reader of its numbers has to know, a sentence each.
+    """
+
+    name: str
+    words: str
+    facts: Rows
+    notes: tuple[str, ...]
+
+
+def sources(subject: Subject, *, baselines: Sequence[Course]) -> list[Source]:
+    """Of all that the page shows and the run did not measure itself.
+
+    Args:
+        subject: of the page.
+        baselines: those of it that are drawn.
+    """
+    own = [] if subject.run else [subject.course]
+    facts = subject.example.facts if subject.example else []
+    shown = [*own, *subject.others, *baselines]
+    return [Source(c.name, c.source, facts if c is subject.course else [], c.notes) for c in shown]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,21 +1,38 @@
-"""The report of a run: one HTML page that needs nothing else, and its data beside it as CSV."""
+"""The report: one HTML page that needs nothing else, and its data beside it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.resources
 import re
 from pathlib import Path
 from typing import Any
 
 from milepost.core.errors import UsageError
 from milepost.core.files import write_atomically
-from milepost.trajectory import provenance, rows, samples, summary
-from milepost.trajectory.benchmark_figures import draw_benchmarks
-from milepost.trajectory.collect import Trajectory, collect
+from milepost.trajectory import provenance, rows, summary
+from milepost.trajectory.benchmark_figures import draw_benchmarks, plots_of
+from milepost.trajectory.collect import collect
+from milepost.trajectory.course import Course
 from milepost.trajectory.data_files import data_files
 from milepost.trajectory.figures import draw_panels
+from milepost.trajectory.hover import hover_json
+from milepost.trajectory.mark_drawing import band_shades
+from milepost.trajectory.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.opening import subject_of_run
+from milepost.trajectory.panel_kinds import PANEL_KINDS
+from milepost.trajectory.published import USUAL
+from milepost.trajectory.scale import LABELS, MISSING, Scale, scale_of
+from milepost.trajectory.sections.all import tell
+from milepost.trajectory.strokes import LOOKS
+from milepost.trajectory.subject import Subject
+from milepost.trajectory.tidy import tidy_table, write_tidy
 
 PAGE_NAME = "index.html"
 RECIPE_NAME = "recipe.toml"
+FOLDER_WITHOUT_RUN = "milepost-report"
+"""In the current folder: where a report lies whose subject is no run."""
 
 _NOT_FOR_PAGES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -35,32 +52,51 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
         CheckpointError: the manifest is damaged, or a record is of a later schema.
         StorageError: the report cannot be written.
     """
-    return write_pages(collect(run), out=out)[0]
+    return write_pages(subject_of_run(collect(run)), out=out)[0]
 
 
-def write_pages(trajectory: Trajectory, *, out: Path | None = None) -> list[Path]:
-    """Writes the report of what was collected; returns the page and the files beside it."""
-    page = trajectory.layout.report if out is None else out
+def write_pages(subject: Subject, *, out: Path | None = None) -> list[Path]:
+    """Writes the report of what was read; returns the page and the files beside it.
+
+    Args:
+        subject: what to tell.
+        out: the page's file; None is the run's own place, or `FOLDER_WITHOUT_RUN` here.
+
+    Raises:
+        UsageError: `out` is a folder.
+        StorageError: the report cannot be written.
+    """
+    page = _place(subject) if out is None else out
     if page.is_dir():
         raise UsageError(f"{page} is a folder", hint="give --out the name of an HTML file")
     # Beside a page of another name may lie another run's: its files carry its name.
     prefix = "" if page.name == PAGE_NAME else f"{page.stem}-"
-    config = trajectory.manifest.config
-    files = data_files(trajectory) | {RECIPE_NAME: provenance.recipe_toml(config)}
+    files = {}
+    if subject.run is not None:
+        config = subject.run.manifest.config
+        files = data_files(subject.run) | {RECIPE_NAME: provenance.recipe_toml(config)}
     written = []
     for name, text in files.items():
         written.append(page.with_name(prefix + name))
         write_atomically(written[-1], _without_controls(text))
+    table = tidy_table(subject.courses, run=subject.run)
+    written += write_tidy(table, folder=page.parent, prefix=prefix)
     # The page comes last: where it is, what it names is there too.
-    write_atomically(page, render(trajectory, prefix=prefix))
+    write_atomically(page, render(subject, prefix=prefix))
     return [page, *written]
 
 
-def render(trajectory: Trajectory, *, prefix: str = "") -> str:
+def _place(subject: Subject) -> Path:
+    if subject.run is not None:
+        return subject.run.layout.report
+    return Path(FOLDER_WITHOUT_RUN) / PAGE_NAME
+
+
+def render(subject: Subject, *, prefix: str = "") -> str:
     """The page as HTML.
 
     Args:
-        trajectory: what to tell.
+        subject: what to tell.
         prefix: of the names of the files beside it.
     """
     import jinja2
@@ -71,48 +107,126 @@ def render(trajectory: Trajectory, *, prefix: str = "") -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_for_a_page,
     )
-    return environment.get_template("page.html.jinja").render(_context(trajectory, prefix))
-
-
-def _context(trajectory: Trajectory, prefix: str) -> dict[str, Any]:
-    manifest = trajectory.manifest
-    groups, num_more_groups = samples.sample_groups(
-        trajectory.samples, prompts=manifest.config.samples.prompts
-    )
-    recipe = (
-        f"{trajectory.layout.name}/report/{RECIPE_NAME}" if not prefix else prefix + RECIPE_NAME
-    )
-    return {
-        "name": trajectory.name,
-        "folder": trajectory.layout.name,
-        "paragraphs": summary.paragraphs(trajectory),
-        "panels": draw_panels(trajectory),
-        "benchmark_panels": draw_benchmarks(trajectory),
-        "benchmark_metrics": {m for s in trajectory.benchmarks for m in s.latest.scores},
-        "benchmarks": rows.benchmark_rows(trajectory.benchmarks),
-        "has_resumes": any(s.resumed_at is not None for s in trajectory.segments),
-        "groups": groups,
-        "num_more_groups": num_more_groups,
-        "has_repetition": any(c.repetition for group in groups for c in group.completions),
-        "losses": dict(trajectory.validation.points("loss_nats")),
-        "segments": rows.segment_rows(trajectory.segments),
-        "num_segments": len(trajectory.segments),
-        "checkpoints": rows.checkpoint_rows(trajectory.checkpoints),
-        "num_checkpoints": len(trajectory.checkpoints),
-        "config": provenance.config_sections(manifest.config),
-        "environment": provenance.environment(manifest),
-        "identity": provenance.identity(manifest),
-        "commands": provenance.commands(trajectory, recipe=recipe),
-        "bad_lines": trajectory.num_bad_lines,
+    told = tell(subject)
+    script = _script()
+    context = {
+        "name": subject.name,
+        "run": subject.run,
+        "courses": subject.courses,
+        "script": script,
+        "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "paragraphs": told.paragraphs,
+        "sections": told.sections,
         "prefix": prefix,
+    }
+    context |= _figures(subject) | _records(subject, prefix)
+    return _without_controls(environment.get_template("page.html.jinja").render(context))
+
+
+def shown_metrics(subject: Subject) -> list[str]:
+    """Metrics with a figure of their own: their points span the horizontal axis."""
+    scores = {name for course in subject.courses for name in course.curves if name[:5] == "eval/"}
+    return [*(kind.metric for kind in PANEL_KINDS), *sorted(scores)]
+
+
+def numbers(subject: Subject) -> dict[str, Any]:
+    """The page for programs: the numbers of the summary, and the ends of every curve."""
+    own = {"name": subject.name} if subject.run is None else summary.numbers(subject.run)
+    return own | {"courses": [_ends(course) for course in subject.courses]}
+
+
+def _ends(course: Course) -> dict[str, Any]:
+    curves = {
+        name: {
+            end: {
+                "step": float(curve.steps[place]),
+                "tokens": float(curve.tokens[place]),
+                "value": float(curve.values[place]),
+            }
+            for end, place in (("first", 0), ("last", -1))
+        }
+        for name, curve in sorted(course.curves.items())
+    }
+    return {"name": course.name, "source": course.source, "metrics": curves}
+
+
+def left_out_courses(subject: Subject) -> list[str]:
+    """Says which courses have no place on the axis, and why."""
+    scale = scale_of(subject, metrics=shown_metrics(subject))
+    return [_left_out_words(course.name, scale) for course in scale.left_out]
+
+
+def _left_out_words(name: str, scale: Scale) -> str:
+    return f"{name} is not in the figures: {MISSING[scale.axis]}"
+
+
+def _figures(subject: Subject) -> dict[str, Any]:
+    scale = scale_of(subject, metrics=shown_metrics(subject))
+    panels = draw_panels(subject, scale=scale)
+    plots = plots_of(subject)
+    small = draw_benchmarks(plots, scale=_scale_of_scores(subject, scale))
+    hovers = [*(panel.hover for panel in panels), *(panel.hover for panel in small)]
+    marks = marks_of(subject)
+    spans = spans_of(subject.run) if subject.run else []
+    used = {v.name for plot in plots for v in plot.levels if v.is_baseline}
+    baselines = [course for course in subject.baselines if course.name in used]
+    return {
+        # What a run has not measured yet has its place; what a source does not give has none.
+        "panels": panels if subject.run else [panel for panel in panels if panel.svg],
+        "absent": [] if subject.run else [p.kind.title.lower() for p in panels if not p.svg],
+        "benchmark_panels": small,
+        "num_plots": len(plots),
+        "benchmark_metrics": frozenset().union(*(panel.metrics for panel in small)),
+        "level_kinds": frozenset().union(*(panel.levels for panel in small)),
+        "baselines": baselines,
+        "is_published": all(course.name in USUAL for course in baselines),
+        "sources": provenance.sources(subject, baselines=baselines),
+        "axis_words": LABELS[scale.axis],
+        "looks": list(zip(subject.courses, LOOKS, strict=False)),
+        "mark_kinds": {mark.kind for mark in marks},
+        "marks_words": marks_in_words(marks),
+        "shades": band_shades(spans) if len({s.ranks for s in spans}) > 1 else {},
+        "spans_words": spans_in_words(spans),
+        "left_out": [_left_out_words(course.name, scale) for course in scale.left_out],
+        "hover": hover_json([hover for hover in hovers if hover is not None]),
     }
 
 
-def _for_a_page(value: Any) -> Any:
-    """What stands for a value in the page; trusted markup passes as it is."""
-    return _without_controls(value) if type(value) is str else value
+def _scale_of_scores(subject: Subject, scale: Scale) -> Scale:
+    """The axis of all figures, but where it is logarithmic: the first steps, which no benchmark
+    is scored at, would take most of it."""
+    scores = [name for name in shown_metrics(subject) if name.startswith("eval/")]
+    return scale_of(subject, metrics=scores) if scale.is_log and scores else scale
+
+
+def _records(subject: Subject, prefix: str) -> dict[str, Any]:
+    """What only a run has; empty for all else."""
+    run = subject.run
+    if run is None:
+        return {"benchmarks": [], "num_checkpoints": 0, "bad_lines": {}}
+    manifest = run.manifest
+    recipe = f"{run.layout.name}/report/{RECIPE_NAME}" if not prefix else prefix + RECIPE_NAME
+    return {
+        "folder": run.layout.name,
+        "benchmarks": rows.benchmark_rows(run.benchmarks),
+        "segments": rows.segment_rows(run.segments),
+        "num_segments": len(run.segments),
+        "checkpoints": rows.checkpoint_rows(run.checkpoints),
+        "num_checkpoints": len(run.checkpoints),
+        "config": provenance.config_sections(manifest.config),
+        "environment": provenance.environment(manifest),
+        "identity": provenance.identity(manifest),
+        "commands": provenance.commands(run, recipe=recipe),
+        "bad_lines": run.num_bad_lines,
+    }
+
+
+def _script() -> str:
+    """The page's script without the indentation of its source."""
+    templates = importlib.resources.files("milepost.trajectory") / "templates"
+    source = (templates / "hover.js").read_text(encoding="utf-8")
+    return re.sub(r"\n\s*", "\n", source)
 
 
 def _without_controls(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,24 @@ MAX_COMPLETION_CHARACTERS = 2000
 ALL_CHARACTERS = 150_000
 """Of all completions on the page together, so that it stays small."""
 
+MAX_WORDS_COMPARED = 200
+"""Of a completion; the time of a comparison grows with their square."""
+
+MIN_SHARED_FRACTION = 0.25
+"""Of words. Below it a completion counts as written anew, and nothing in it is marked."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a completion.
+
+    Attributes:
+        is_new: whether the completion shown before does not have it.
+    """
+
+    text: str
+    is_new: bool
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -23,12 +42,16 @@ class Completion:
     Attributes:
         num_cut_characters: left off at the end.
         repetition: how much it repeats itself, in words; a line each, none where nobody counted.
+        pieces: the text in order, with what is new against the completion shown before.
+        change: how many words are new, in words; empty for the first.
     """
 
     step: int
     text: str
     num_cut_characters: int
     repetition: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    change: str
 
 
 @dataclass(frozen=True)
@@ -74,10 +97,9 @@ def sample_groups(
         SampleGroup(
             prompt=prompt if len(prompt) <= limit else prompt[:limit] + "…",
             decoding=decoding,
-            completions=[
-                _completion(step, *by_key[prompt, decoding][step], limit=limit)
-                for step in spread[prompt, decoding]
-            ],
+            completions=_completions(
+                by_key[prompt, decoding], steps=spread[prompt, decoding], limit=limit
+            ),
             num_recorded=len(by_key[prompt, decoding]),
         )
         for prompt, decoding in shown
@@ -94,13 +116,61 @@ def evenly_spread(steps: list[int]) -> list[int]:
     return [steps[place] for place in sorted(places)]
 
 
-def _completion(step: int, written: str, quality: Any, *, limit: int) -> Completion:
-    # The first space or line end joins the completion to its prompt; runs of blank lines tell
-    # nothing.
-    calm = re.sub(r"\n{3,}", "\n\n", written.replace("\r\n", "\n").removeprefix(" "))
-    calm = calm.lstrip("\n")
-    num_cut = max(0, len(calm) - limit)
-    return Completion(step, calm[:limit], num_cut, repetition=_repetition_in_words(quality))
+def _completions(
+    written: dict[int, tuple[str, Any]], *, steps: Sequence[int], limit: int
+) -> list[Completion]:
+    completions: list[Completion] = []
+    for step in steps:
+        completion, quality = written[step]
+        # The first space or line end joins the completion to its prompt; runs of blank lines tell
+        # nothing.
+        calm = re.sub(r"\n{3,}", "\n\n", completion.replace("\r\n", "\n").removeprefix(" "))
+        calm = calm.lstrip("\n")
+        shown = calm[:limit]
+        pieces, change = marked(shown, before=completions[-1].text if completions else None)
+        num_cut, repetition = max(0, len(calm) - limit), _repetition_in_words(quality)
+        completions.append(Completion(step, shown, num_cut, repetition, pieces, change))
+    return completions
+
+
+def marked(text: str, *, before: str | None) -> tuple[tuple[Piece, ...], str]:
+    """The text with the words marked that `before` does not have there, and how many they are.
+
+    Only the first `MAX_WORDS_COMPARED` words of each are compared; the rest is never marked.
+
+    Args:
+        text: to mark.
+        before: None: nothing is marked.
+    """
+    whole_text = (Piece(text, is_new=False),)
+    # Each word keeps the white space around it, so that the pieces join to the text.
+    spaced = re.findall(r"\s*\S+\s*", text)
+    words = [word.strip() for word in spaced[:MAX_WORDS_COMPARED]]
+    if text == before:
+        return whole_text, "the same as before"
+    if before is None or not words:
+        return whole_text, ""
+    old = before.split()[:MAX_WORDS_COMPARED]
+    blocks = difflib.SequenceMatcher(a=old, b=words, autojunk=False).get_matching_blocks()
+    num_shared = sum(block.size for block in blocks)
+    if num_shared < MIN_SHARED_FRACTION * len(words):
+        return whole_text, "written anew"
+    which = "of" if len(words) == len(spaced) else "of the first"
+    pieces = _pieces(spaced, shared=[(block.b, block.b + block.size) for block in blocks])
+    return pieces, f"{len(words) - num_shared} {which} {len(words)} words new"
+
+
+def _pieces(spaced: list[str], *, shared: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
+    """The words joined again, in turn new and shared; what follows the last range is not new."""
+    pieces, place = [], 0
+    for first, end in shared:
+        new = "".join(spaced[place:first])
+        bare = new.rstrip()
+        pieces.append(Piece(bare, is_new=True))
+        pieces.append(Piece(new[len(bare) :] + "".join(spaced[first:end]), is_new=False))
+        place = end
+    pieces.append(Piece("".join(spaced[place:]), is_new=False))
+    return tuple(piece for piece in pieces if piece.text)
 
 
 def _repetition_in_words(quality: Any) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +96,15 @@ def segments_of(events: Sequence[Event]) -> list[Segment]:
     logged: dict[int, Event] = {}
     segments = []
     for number in sorted(by_segment):
-        segments.append(_segment(number, by_segment[number], logged=logged))
-        logged |= {e["step"]: e for e in _step_events(by_segment[number])}
+        steps = _step_events(by_segment[number])
+        segments.append(_segment(number, by_segment[number], steps, logged=logged))
+        logged |= {event["step"]: event for event in steps}
     return segments
 
 
-def _segment(number: int, events: list[Event], *, logged: dict[int, Event]) -> Segment:
-    steps = _step_events(events)
+def _segment(
+    number: int, events: list[Event], steps: list[Event], *, logged: dict[int, Event]
+) -> Segment:
     first, last = _last_of_kind(events, "segment_started"), _last_of_kind(events, "segment_ended")
     numbers = [event["step"] for event in steps]
     told_seconds = finite(last.get("training_seconds"))
@@ -129,11 +131,13 @@ def _last_of_kind(events: list[Event], kind: str) -> Event:
 
 
 def _wall_seconds(events: list[Event]) -> float | None:
-    times = [clock_seconds(event.get("time")) for event in events]
-    known = [time for time in times if time is not None]
-    if not known or known[-1] < known[0]:
-        return None
-    return round(known[-1] - known[0], 3)
+    first, last = _first_time(events), _first_time(reversed(events))
+    return None if first is None or last is None or last < first else round(last - first, 3)
+
+
+def _first_time(events: Iterable[Event]) -> float | None:
+    times = (clock_seconds(event.get("time")) for event in events)
+    return next((time for time in times if time is not None), None)
 
 
 def _replay(events: list[Event], steps: list[Event], *, logged: dict[int, Event]) -> Replay | None:

@@ -34,12 +34,12 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
     """The summary of a run, a paragraph a text."""
     if not trajectory.has_events:
         told = "There are no events yet: nothing of this run has been recorded."
-        return [" ".join([told, *_left_out(trajectory), *_unreadable(trajectory)])]
+        return [" ".join([told, *left_out(trajectory), *_unreadable(trajectory)])]
     written = (
         [_progress(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
         _exactness(trajectory.segments),
         [_validation(trajectory), _speed(trajectory)],
-        [*_benchmarks(trajectory), *_left_out(trajectory)],
+        [*_benchmarks(trajectory), *left_out(trajectory)],
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
     return [" ".join(sentences) for sentences in written if sentences]
@@ -275,12 +275,12 @@ def _benchmarks(trajectory: Trajectory) -> list[str]:
     return sentences
 
 
-def _left_out(trajectory: Trajectory) -> list[str]:
+def left_out(trajectory: Trajectory) -> list[str]:
     """Says how many scores of the log do not count, and why."""
-    left_out = trajectory.left_out_scores
+    counted = trajectory.left_out_scores
     reasons = (
-        (left_out.foreign, "of other runs or models"),
-        (left_out.not_whole, "without a whole file of items"),
+        (counted.foreign, "of other runs or models"),
+        (counted.not_whole, "without a whole file of items"),
     )
     return [
         f"{plural(count, 'score')} {reason} {'is' if count == 1 else 'are'} left out."

@@ -1,0 +1,65 @@
+"""A model's way as curves, from wherever its numbers come: a run, an import, a published table.
+
+What the report lays one over another is this; what only a run has stays in `collect.Trajectory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Axis = Literal["steps", "tokens", "flops"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric against steps and tokens; all arrays of one length N, in order.
+
+    Attributes:
+        steps: updates, float64[N]; NaN where the source does not say.
+        tokens: target tokens seen, float64[N]; NaN where the source does not say.
+        values: float64[N], finite.
+        stderrs: standard errors, float64[N]; NaN where unknown.
+    """
+
+    steps: np.ndarray
+    tokens: np.ndarray
+    values: np.ndarray
+    stderrs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Course:
+    """All curves of one model.
+
+    Attributes:
+        name: as the page calls it.
+        source: where the numbers come from, in words.
+        curves: metric name (see `runs.metric_names`) to curve; none is empty.
+        flops_per_token: of training; None where the model's shape is not known.
+        restarts: steps at which training was started anew.
+        notes: what a reader of the numbers has to know, a sentence each.
+        is_baseline: whether it is drawn as levels (dotted), not as a curve.
+    """
+
+    name: str
+    source: str
+    curves: dict[str, Curve]
+    flops_per_token: float | None = None
+    restarts: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    is_baseline: bool = field(default=False)
+
+    def positions(self, metric: str, *, axis: Axis) -> np.ndarray:
+        """Where a curve's values lie on an axis, float64[N]; NaN where that is not known."""
+        curve = self.curves[metric]
+        if axis == "steps":
+            return curve.steps
+        if axis == "tokens":
+            return curve.tokens
+        return curve.tokens * (np.nan if self.flops_per_token is None else self.flops_per_token)

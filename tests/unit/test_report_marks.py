@@ -1,0 +1,110 @@
+"""What stands on the axes beside the curves: restarts, hardware, world size, places of steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from milepost.trajectory.collect import collect
+from milepost.trajectory.course import Course, Curve
+from milepost.trajectory.marks import (
+    Span,
+    marks_in_words,
+    marks_of,
+    spans_in_words,
+    spans_of,
+)
+from milepost.trajectory.opening import subject_of_run
+from milepost.trajectory.scale import StepPlaces, scale_of
+from milepost.trajectory.subject import Subject
+from tests.made_runs import MadeRun, make_run
+
+
+def moved_run(folder: Path) -> MadeRun:
+    """40 steps: on 2 ranks, from 10 on 1, again from 20, from 30 on 2 of another device."""
+    made = make_run(folder, total_steps=40)
+    old, new = {"devices": ["A6000", "A6000"]}, {"devices": ["H100", "H100"]}
+    made.start(ranks=2, **old)
+    made.train(1, 12)
+    made.start(restored_step=10, ranks=1, **old)
+    made.train(11, 20)
+    made.start(restored_step=20, ranks=1, restored="weights", **old)
+    made.train(21, 30)
+    made.start(restored_step=30, ranks=2, **new)
+    made.train(31, 40)
+    return made
+
+
+def test_restarts_and_changes_of_hardware_are_told_apart(tmp_path: Path) -> None:
+    subject = subject_of_run(collect(moved_run(tmp_path / "run").layout.root))
+    marks = marks_of(subject)
+    assert [(mark.step, mark.kind, mark.label) for mark in marks] == [
+        (10, "hardware", "2 → 1 rank"),
+        (20, "restart", "weights only"),
+        (30, "hardware", "1 → 2 ranks"),
+    ]
+    assert marks_in_words(marks) == (
+        "Restarted at step 20; hardware changed at steps 10 (2 → 1 rank)"
+        " and 30 (1 → 2 ranks, A6000 → H100)."
+    )
+
+
+def test_world_size_of_a_step_is_that_of_the_segment_whose_values_count(tmp_path: Path) -> None:
+    spans = spans_of(collect(moved_run(tmp_path / "run").layout.root))
+    # Steps 11 and 12 were run again on one rank.
+    assert spans == [Span(0, 10, 2), Span(10, 30, 1), Span(30, 40, 2)]
+    assert spans_in_words(spans) == "World size: 2 ranks to step 10, 1 to 30, 2 to 40."
+    assert spans_in_words(spans[:1]) == "World size: 2 ranks throughout."
+    assert spans_in_words([]) == ""
+
+
+def test_restarts_at_one_step_are_one_mark(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", total_steps=20)
+    made.start()
+    made.train(1, 12)
+    for _ in range(3):
+        made.start(restored_step=10)
+    made.train(11, 20)
+    (mark,) = marks_of(subject_of_run(collect(made.layout.root)))
+    assert (mark.step, mark.kind, mark.label) == (10, "restart", "3 restarts")
+
+
+def course(name: str, steps: list[float], tokens: list[float]) -> Course:
+    values = np.linspace(4.0, 3.0, len(steps))
+    curve = Curve(np.array(steps), np.array(tokens), values, np.full(len(steps), np.nan))
+    return Course(name, "a test", {"val/loss": curve}, flops_per_token=6.0)
+
+
+def subject_of(*courses: Course, axis: str) -> Subject:
+    first, *others = courses
+    return Subject("x", first, None, None, tuple(others), (), None, axis)  # type: ignore[arg-type]
+
+
+def test_steps_lie_between_the_points_that_know_both_and_in_proportion_beyond() -> None:
+    one = course("one", [10.0, 20.0], [1000.0, 2000.0])
+    places = StepPlaces(one, axis="tokens").at([5, 15, 40])
+    assert places == pytest.approx([500, 1500, 4000])
+    assert StepPlaces(one, axis="flops").at([10]) == pytest.approx([6000])
+    unknown = replace(one, flops_per_token=None)
+    assert np.isnan(StepPlaces(unknown, axis="flops").at([10])).all()
+
+
+def test_a_course_without_tokens_has_no_place_among_several() -> None:
+    one = course("one", [10.0, 20.0], [1000.0, 2000.0])
+    other = course("other", [10.0, 90.0], [np.nan, np.nan])
+    scale = scale_of(subject_of(one, other, axis="tokens"), metrics=["val/loss"])
+    assert (scale.first, scale.last) == (1000, 2000)
+    assert scale.left_out == (other,)
+    assert not scale_of(subject_of(one, other, axis="steps"), metrics=["val/loss"]).left_out
+
+
+@pytest.mark.parametrize(("last", "is_log"), [(60_000.0, False), (60_001.0, True)])
+def test_axis_is_logarithmic_where_one_course_goes_much_further(last: float, is_log: bool) -> None:
+    one = course("one", [0.0, 10.0, 20.0], [0.0, 1000.0, 2000.0])
+    far = course("far", [1.0, 9.0], [6000.0, last])
+    scale = scale_of(subject_of(one, far, axis="tokens"), metrics=["val/loss"])
+    assert scale.is_log is is_log
+    assert scale.first == (1000.0 if is_log else 0.0)
