@@ -32,6 +32,7 @@ from milepost.checkpoint.state import Progress
 from milepost.config.recipe import load_recipe
 from milepost.core.console import say_error
 from milepost.core.errors import MilepostError
+from milepost.data.batch import Batch
 from milepost.planner.cost import count_parameters
 from milepost.planner.duration import estimate_duration, find_gpu
 from milepost.runs.events import EventWriter, read_history
@@ -72,7 +73,8 @@ class Bench:
 
     def step(self) -> None:
         """One update."""
-        self._stepper.run_step(self._batch, learning_rate=1e-4, stop_requested=lambda: False)
+        batch = Batch.of_tokens(self._batch)
+        self._stepper.run_step(batch, learning_rate=1e-4, stop_requested=lambda: False)
         wait(self._setting.device)
 
     def turn(self, arm: str, *, steps: int) -> float:

@@ -43,6 +43,7 @@ from on_gpu.setting import (
 
 from milepost.config.schema import Config
 from milepost.core.errors import MilepostError
+from milepost.data.batch import Batch
 from milepost.distributed.launch import KEEP_FREED_MEMORY
 from milepost.distributed.place import RENDEZVOUS_VARIABLE, read_place
 from milepost.distributed.world import World, join_world
@@ -235,7 +236,9 @@ def _run_in_turns(configs: dict[str, Config], *, steps: int, world: World) -> di
 def _timed_step(stepper: Stepper, batch: np.ndarray, *, device: torch.device) -> float:
     wait(device)
     started = time.perf_counter()
-    result = stepper.run_step(batch, learning_rate=LEARNING_RATE, stop_requested=lambda: False)
+    result = stepper.run_step(
+        Batch.of_tokens(batch), learning_rate=LEARNING_RATE, stop_requested=lambda: False
+    )
     wait(device)
     taken = time.perf_counter() - started
     assert math.isfinite(result.loss_nats)

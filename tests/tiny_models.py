@@ -81,14 +81,14 @@ def write_model_folder(
     return tokenizer
 
 
-def write_tiny_run(root: Path, *steps: int) -> RunLayout:
+def write_tiny_run(root: Path, *steps: int, **changes: Any) -> RunLayout:
     """A run folder with checkpoints; the model of step s has seed s."""
     layout = RunLayout(root)
     root.mkdir()
     layout.manifest.write_text("{}")
     for step in steps:
         folder = layout.checkpoint(step)
-        write_model_folder(folder, tiny_model(seed=step))
+        write_model_folder(folder, tiny_model(seed=step, **changes))
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             for path in folder.iterdir()

@@ -92,8 +92,13 @@ def train(
 
 def start(recipe: Path, run: Path, data: Path, *more: str) -> subprocess.Popen[str]:
     """Starts a segment in a process group of its own."""
+    return start_words(command(recipe, run, data, *more))
+
+
+def start_words(words: list[str]) -> subprocess.Popen[str]:
+    """Starts a command line in a process group of its own."""
     process = subprocess.Popen(
-        command(recipe, run, data, *more),
+        words,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -253,6 +258,14 @@ def weights_sha256(run: Path, step: int) -> str:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
     digest.update((folder / "train_state" / "optimizer.safetensors").read_bytes())
     return digest.hexdigest()
+
+
+def trained_sha256(run: Path, step: int) -> str:
+    """As `weights_sha256`, of a fine-tuning's checkpoint: a whole model or an adapter."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    files = [*folder.glob("*model.safetensors"), folder / "train_state" / "optimizer.safetensors"]
+    assert len(files) == 2
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def left_beside(run: Path) -> list[str]:

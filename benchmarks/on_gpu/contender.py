@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from milepost.data.batch import Batch
 from milepost.train.precision import DTYPES
 from milepost.train.schedule import learning_rate
 from on_gpu.parity import oracle_of
@@ -96,7 +97,9 @@ def _ours(setting: Setting, name: str, end_of_text_id: int) -> Update:
     )
 
     def update(batch: np.ndarray, rate: float) -> float:
-        result = stepper.run_step(batch, learning_rate=rate, stop_requested=lambda: False)
+        result = stepper.run_step(
+            Batch.of_tokens(batch), learning_rate=rate, stop_requested=lambda: False
+        )
         return result.loss_nats
 
     return update

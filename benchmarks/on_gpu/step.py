@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from milepost.config.schema import Config
+from milepost.data.batch import Batch
 from milepost.data.loader import Loader
 from milepost.planner.memory import estimate_memory
 from milepost.train.schedule import learning_rate
@@ -122,7 +123,7 @@ def _measure(
         wait(device)
         started = time.perf_counter()
         result = stepper.run_step(
-            batch,
+            Batch.of_tokens(batch),
             learning_rate=learning_rate(step, config=config),
             stop_requested=lambda: False,
         )

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from milepost.config.recipe import config_from_toml, load_recipe
 from milepost.config.schema import Config
+from milepost.data.batch import Batch
 from milepost.distributed.devices import count_gpus
 from milepost.distributed.launch import launch
 from milepost.distributed.world import World
@@ -87,7 +88,7 @@ def train(config: Config, *, num_updates: int) -> tuple[list[tuple[str, str]], t
     numbers = []
     for update in range(num_updates):
         result = stepper.run_step(
-            batches[update % 2], learning_rate=3e-3, stop_requested=lambda: False
+            Batch.of_tokens(batches[update % 2]), learning_rate=3e-3, stop_requested=lambda: False
         )
         numbers.append((result.loss_nats.hex(), result.grad_norm.hex()))
     return numbers, torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -94,6 +94,19 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_has_no_gradient_and_changes_no_other_bit(dtype: torch.dtype) -> None:
+    (hidden, weight, targets), (other, frozen, _) = _case(dtype=dtype), _case(dtype=dtype)
+    frozen.requires_grad_(False)
+    loss, nats = training_loss(hidden, weight, targets, scale=0.1, chunk_rows=32)
+    same_loss, same_nats = training_loss(other, frozen, targets, scale=0.1, chunk_rows=32)
+    loss.backward()
+    same_loss.backward()
+    assert torch.equal(loss, same_loss) and torch.equal(nats, same_nats)
+    assert torch.equal(hidden.grad, other.grad)
+    assert frozen.grad is None
+
+
 def test_all_rows_ignored_cost_nothing() -> None:
     hidden, weight, targets = _case(rows=4)
     loss, _ = training_loss(hidden, weight, targets.fill_(-1), scale=1.0, chunk_rows=4)

@@ -16,7 +16,13 @@ from milepost.config.recipe import load_recipe, packaged_recipes
 from milepost.config.schema import Config
 from milepost.core.errors import UsageError
 from milepost.core.units import GIBIBYTE
-from milepost.planner.cost import count_parameters, flops_per_token, run_tokens
+from milepost.planner.cost import (
+    count_additions,
+    count_parameters,
+    count_trained,
+    flops_per_token,
+    run_tokens,
+)
 from milepost.planner.duration import GPUS, estimate_duration, find_gpu, gpu_of_device
 from milepost.planner.memory import (
     LOSS_CHUNK_ROWS,
@@ -203,6 +209,25 @@ def test_an_unknown_gpu_is_refused_with_the_list() -> None:
     assert caught.value.hint is not None
     assert "did you mean rtx4090?" in caught.value.hint
     assert all(gpu.name in caught.value.hint for gpu in GPUS)
+
+
+def test_lora_trains_its_additions_and_keeps_what_they_need() -> None:
+    config = recipe("sft-alpaca")
+    assert count_additions(config.model, lora=config.lora) == 160_432_128  # section IV.B
+    assert count_trained(config) == 160_432_128
+    whole = recipe("sft-alpaca", "--lora.rank", "none", "--optimizer.name", "adamw")
+    assert count_trained(whole) == DMAS_PARAMETERS
+    needed, of_whole = estimate_memory(config), estimate_memory(whole)
+    assert needed.weights_bytes == of_whole.weights_bytes + 4 * 160_432_128
+    assert needed.gradients_bytes == 2 * 4 * 160_432_128  # a buffer a level of two lanes
+    assert needed.optimizer_bytes == 2 * (160_432_128 + 4 * 160_432_128 // 256)
+    assert of_whole.optimizer_bytes == 8 * DMAS_PARAMETERS
+    assert estimate_disk(config).train_state_bytes == needed.optimizer_bytes
+    sizes = {"sequence_length": 1024}
+    whole_flops = flops_per_token(config.model, **sizes)
+    flops = flops_per_token(config.model, **sizes, lora=config.lora)
+    multiplying = count_parameters(config.model).multiplying
+    assert whole_flops - flops == 2 * multiplying - 6 * 160_432_128
 
 
 def test_devices_are_known_by_the_drivers_exact_name() -> None:

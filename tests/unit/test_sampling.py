@@ -44,6 +44,32 @@ def test_tokens_are_drawn_as_often_as_they_should(decoding, expected) -> None:
         assert wanted is None or found == pytest.approx(wanted, abs=0.034 if 0 < wanted < 1 else 0)
 
 
+@pytest.mark.parametrize("spread", [0.1, 2.0, 5.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 0.9), (None, 0.01), (None, 1.0), (7, None), (300, 0.5), (900, 1.0)]
+)
+def test_what_is_drawn_from_is_what_a_sort_of_all_tokens_leaves(spread, top_k, top_p) -> None:
+    logits = (spread * torch.randn(900, generator=torch.Generator().manual_seed(1))).round(
+        decimals=1
+    )
+    probabilities, ids = torch.softmax(logits.double(), dim=0).sort(descending=True, stable=True)
+    probabilities, ids = probabilities[:top_k], ids[:top_k]
+    if top_p is not None:
+        before = probabilities.cumsum(dim=0) - probabilities
+        left = int((before < top_p * probabilities.sum()).sum())
+        probabilities, ids = probabilities[:left], ids[:left]
+    for seed in range(20):
+        drawn = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        cumulative = probabilities.cumsum(dim=0)
+        expected = ids[min(int((cumulative <= drawn * cumulative[-1]).sum()), len(ids) - 1)]
+        found = next_token(
+            logits,
+            decoding=Decoding(1, 1.0, top_k, top_p),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        assert found == int(expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -62,7 +62,7 @@ def test_the_copy_on_the_host_shares_no_memory_with_training_and_is_used_again(
     run: TinyRun,
 ) -> None:
     weights = run.model.state_dict()
-    copy = HostCopy(sum(t.numel() for t in weights.values()), device=torch.device("cpu"))
+    copy = HostCopy(sum(t.nbytes for t in weights.values()), device=torch.device("cpu"))
     state = TrainState(progress=Progress(step=3), weights=weights, moments={}, optimizer_step=3)
     first, second = copy.fill(state), copy.fill(state)
     assert first.progress == state.progress and first.optimizer_step == 3

@@ -11,6 +11,7 @@ import torch
 from milepost.config.recipe import config_from_toml
 from milepost.config.schema import Config
 from milepost.core.errors import DivergedError
+from milepost.data.batch import Batch
 from milepost.distributed.world import World
 from milepost.model.init import initialize
 from milepost.model.llama import Llama
@@ -56,7 +57,7 @@ class Bench:
 
     def update(self, batch: np.ndarray | None = None, *, learning_rate: float = 1e-3) -> StepResult:
         return self.stepper.run_step(
-            made_up_batch() if batch is None else batch,
+            Batch.of_tokens(made_up_batch() if batch is None else batch),
             learning_rate=learning_rate,
             stop_requested=lambda: False,
         )

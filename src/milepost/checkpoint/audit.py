@@ -305,7 +305,9 @@ def _check_history(history: History, *, last_step: int, torn: list[int]) -> Iter
             what = f"segment {number} is started {count} times"
             yield Finding(place, what, _HISTORY_IS_TORN)
     started = next(history.of_kind("segment_started"), {})
-    first_step = (started.get("restored_step") or 0) + 1  # a run may start from another's step
+    # A run may start from another's step, or from an import, which is no segment.
+    imported = [e.get("step") for e in history.of_kind("checkpoint_saved") if not e.get("segment")]
+    first_step = (started.get("restored_step") or next(iter(imported), None) or 0) + 1
     for first, last in _gaps(_steps_of(history), first=first_step, last=last_step):
         steps = f"step {first} is" if first == last else f"steps {first} to {last} are"
         yield Finding(place, f"{steps} missing", _HISTORY_IS_TORN)

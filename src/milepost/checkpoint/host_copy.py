@@ -10,35 +10,38 @@ from milepost.checkpoint.state import TrainState
 from milepost.core.errors import MilepostError
 from milepost.core.units import format_bytes
 
+_ALIGNMENT = torch.float32.itemsize
+"""Each tensor begins at a multiple of it, in bytes: codes of 8 bits come by the 256."""
+
 
 class HostCopy:
-    """One float32 buffer on the host, taken once and filled anew by every save.
+    """One buffer on the host, taken once and filled anew by every save.
 
     Of a GPU's state the buffer is page-locked, so that the copy runs at the speed of the bus. It
     is registered as a whole: memory that torch hands out page-locked is rounded up to powers of
     two for each tensor, 27.5 in place of 19.2 GiB for a model of 1.7 B parameters.
 
     Args:
-        num_elements: float32 numbers of the largest state that will be copied.
+        num_bytes: of the largest state that will be copied.
         device: where the states lie.
 
     Raises:
         MilepostError: the host has no room for it.
     """
 
-    def __init__(self, num_elements: int, *, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, *, device: torch.device) -> None:
         self._device = device
         self._is_locked = device.type == "cuda"
         try:
-            self._buffer = torch.empty(num_elements, dtype=torch.float32)
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
             if self._is_locked:
-                address, num_bytes = self._buffer.data_ptr(), self._buffer.nbytes
+                address = self._buffer.data_ptr()
                 status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
                 torch.cuda.check_error(status)
         except RuntimeError as error:
-            size = format_bytes(num_elements * torch.float32.itemsize)
             raise MilepostError(
-                f"no room in the host's memory for a copy of the train state, {size}",
+                "no room in the host's memory for a copy of the train state, "
+                f"{format_bytes(num_bytes)}",
                 hint="milepost plan says what a run needs; end what else runs on the machine",
             ) from error
 
@@ -54,10 +57,10 @@ class HostCopy:
         for tensors in (state.weights, state.moments):
             copied = {}
             for name, tensor in tensors.items():
-                assert tensor.dtype == torch.float32 and tensor.numel() <= free.numel(), name
-                copied[name] = free[: tensor.numel()].view(tensor.shape)
+                assert tensor.nbytes % _ALIGNMENT == 0 and tensor.nbytes <= free.nbytes, name
+                copied[name] = free[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 copied[name].copy_(tensor, non_blocking=self._is_locked)
-                free = free[tensor.numel() :]
+                free = free[tensor.nbytes :]
             copies.append(copied)
         if self._is_locked:
             torch.cuda.synchronize(self._device)

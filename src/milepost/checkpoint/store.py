@@ -11,17 +11,16 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from milepost.checkpoint.state import TrainState, progress_from_plain
+from milepost.checkpoint.tensor_files import read_tensors, write_bytes, write_tensors
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import (
     as_storage_error,
@@ -43,6 +42,9 @@ from milepost.runs.layout import RunLayout
 
 SCHEMA_VERSION = 1
 MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+"""PEFT's name for the weights of an adapter; a checkpoint holds the one or the other."""
+
 STATE_FOLDER = "train_state"
 MANIFEST = "manifest.json"
 SPARE_BYTES = 4 << 20
@@ -74,6 +76,7 @@ def save_checkpoint(
     state: TrainState,
     model_files: dict[str, bytes],
     weights_dtype: str,
+    weights_file: str = MODEL_FILE,
 ) -> SavedCheckpoint:
     """Writes one checkpoint; call on one rank only.
 
@@ -83,6 +86,7 @@ def save_checkpoint(
         state: weights, moments and numbers.
         model_files: config, tokenizer and the like, by file name.
         weights_dtype: of the model file; with "bfloat16" the train state holds the masters.
+        weights_file: `MODEL_FILE`, or `ADAPTER_FILE` where an adapter is what is trained.
 
     Raises:
         StorageError: it does not fit or cannot be written; nothing of it is left.
@@ -96,7 +100,8 @@ def save_checkpoint(
     try:
         with storage_errors(final):
             (temporary / STATE_FOLDER).mkdir(parents=True)
-            _write_model(temporary, state, model_files=model_files, weights_dtype=weights_dtype)
+            _write_files(temporary, model_files)
+            _write_weights(temporary / weights_file, state, weights_dtype=weights_dtype)
             _write_train_state(temporary / STATE_FOLDER, state, weights_dtype=weights_dtype)
             identity = {"v": SCHEMA_VERSION, "run_id": run_id, "step": step}
             state_sha256 = _write_manifest(temporary / STATE_FOLDER, identity)
@@ -115,61 +120,25 @@ def save_checkpoint(
     return SavedCheckpoint(step, sha256, num_bytes, time.monotonic() - started)
 
 
-def _write_model(
-    folder: Path, state: TrainState, *, model_files: dict[str, bytes], weights_dtype: str
-) -> None:
-    for name, content in model_files.items():
-        _write_bytes(folder / name, content)
+def _write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        write_bytes(folder / name, content)
+
+
+def _write_weights(path: Path, state: TrainState, *, weights_dtype: str) -> None:
     dtype = _DTYPES[weights_dtype]
     weights = {name: t.to("cpu", dtype).contiguous() for name, t in state.weights.items()}
-    _write_tensors(folder / MODEL_FILE, weights, metadata={"format": "pt"})
+    write_tensors(path, weights, metadata={"format": "pt"})
 
 
 def _write_train_state(folder: Path, state: TrainState, *, weights_dtype: str) -> None:
     moments = {name: t.cpu().contiguous() for name, t in state.moments.items()}
-    _write_tensors(folder / "optimizer.safetensors", moments)
+    write_tensors(folder / "optimizer.safetensors", moments)
     if weights_dtype != "float32":
         masters = {name: t.cpu().contiguous() for name, t in state.weights.items()}
-        _write_tensors(folder / "masters.safetensors", masters)
+        write_tensors(folder / "masters.safetensors", masters)
     numbers = {"progress": state.progress.as_plain(), "optimizer_step": state.optimizer_step}
-    _write_bytes(folder / "state.json", (json.dumps(numbers, indent=2) + "\n").encode())
-
-
-def _write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file with the permissions of any new file; on its own it is 0600."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            is_same = set(file.keys()) == set(tensors) and all(
-                torch.equal(_bits(file.get_tensor(name)), _bits(tensor))
-                for name, tensor in tensors.items()
-            )
-    except SafetensorError:
-        is_same = False
-    _refuse_unless(is_same, path)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    _refuse_unless(path.read_bytes() == content, path)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _refuse_unless(is_same: bool, path: Path) -> None:
-    """A write that fell short without an error must not get a hash that vouches for it."""
-    if not is_same:
-        raise StorageError(
-            f"cannot write {path}: reading it back gives something else",
-            hint="check the disk, then run the same command again; nothing saved is lost",
-        )
+    write_bytes(folder / "state.json", (json.dumps(numbers, indent=2) + "\n").encode())
 
 
 def _write_manifest(folder: Path, head: dict[str, Any]) -> str:
@@ -361,30 +330,20 @@ def load_train_state(folder: Path) -> TrainState:
     place = states / "state.json"
     numbers = read_json(place, error=CheckpointError)
     step = read_json(states / MANIFEST, error=CheckpointError)["step"]
-    masters = states / "masters.safetensors"
+    places = (states / "masters.safetensors", folder / ADAPTER_FILE)
+    weights = next((place for place in places if place.exists()), folder / MODEL_FILE)
     try:
         progress = progress_from_plain(numbers["progress"], where=str(place))
         if progress.step != step:
             raise CheckpointError(f"{place} is of step {progress.step}, its manifest of {step}")
         return TrainState(
             progress=progress,
-            weights=_read_tensors(masters if masters.exists() else folder / MODEL_FILE),
-            moments=_read_tensors(states / "optimizer.safetensors"),
+            weights=read_tensors(weights),
+            moments=read_tensors(states / "optimizer.safetensors"),
             optimizer_step=int(numbers["optimizer_step"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{place} is not a train state: {error!r}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with (
-            storage_errors(path, verb="read"),
-            safe_open(path, framework="pt", device="cpu") as file,
-        ):
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def remove_litter(layout: RunLayout) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from keyword import iskeyword
 
 from cyclopts import App, CycloptsError
 
@@ -24,12 +25,18 @@ from milepost.core.errors import (
 VERBS = {
     "demo": "The whole road in miniature on the CPU, in a few minutes.",
     "train": "Start a run, or continue it exactly.",
+    "finetune": "Tune a model on conversations, or continue such a run exactly.",
     "verify": "Check a run's checkpoints, and prove that it can be continued exactly.",
     "evaluate": "Score checkpoints on benchmarks.",
     "sample": "Let checkpoints continue a text.",
+    "probe": "Show what a small change of a prompt does to a model.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model to programs that speak OpenAI's API.",
     "rate": "Serve a page where people rate completions blind.",
     "judge": "Have a model behind an endpoint rate completions, as people do.",
     "report": "Write the trajectory report of a run.",
+    "export": "Write a model for other programs: Hugging Face, GGUF.",
+    "import": "Make a run of a Hugging Face LLaMA folder.",
     "plan": "Say what a recipe costs before anything is spent.",
     "doctor": "Say what this machine has and what will be used.",
 }
@@ -54,7 +61,8 @@ def build_app(words: Sequence[str] = ()) -> App:
         help_format="markdown",
     )
     for verb, text in VERBS.items():
-        app.command(f"milepost.cli.{verb}:{verb}", name=verb, help=None if verb in words else text)
+        name = f"{verb}_" if iskeyword(verb) else verb
+        app.command(f"milepost.cli.{name}:{name}", name=verb, help=None if verb in words else text)
     data = App(name="data", help="Prepare and inspect data.")
     for verb, text in DATA_VERBS.items():
         data.command(f"milepost.cli.data:{verb}", name=verb, help=None if verb in words else text)

@@ -12,7 +12,13 @@ from milepost.config.schema import Config
 from milepost.core.console import show, show_json
 from milepost.core.errors import UsageError
 from milepost.core.units import format_bytes, format_count, format_duration
-from milepost.planner.cost import ParameterCount, count_parameters, flops_per_token, run_tokens
+from milepost.planner.cost import (
+    ParameterCount,
+    count_parameters,
+    count_trained,
+    flops_per_token,
+    run_tokens,
+)
 from milepost.planner.duration import GPUS, DurationEstimate, Gpu, estimate_duration, find_gpu
 from milepost.planner.memory import (
     DiskEstimate,
@@ -110,11 +116,13 @@ def _work_out(
 def _as_json(worked_out: _Plan) -> dict[str, Any]:
     config, gpu, duration = worked_out.config, worked_out.gpu, worked_out.duration
     counted = worked_out.parameters
-    per_token = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    per_token = flops_per_token(
+        config.model, sequence_length=config.data.sequence_length, lora=config.lora
+    )
     total_bytes = worked_out.memory.total_bytes
     return {
         "parameters": asdict(counted)
-        | {"total": counted.total, "trainable": counted.total}
+        | {"total": counted.total, "trainable": count_trained(config)}
         | {"non_embedding": counted.non_embedding},
         "tokens": run_tokens(config),
         "steps": config.last_step,
@@ -140,7 +148,7 @@ def _as_text(recipe: str, worked_out: _Plan) -> list[str]:
         ("model", _model_rows(worked_out)),
         ("training", _training_rows(worked_out)),
         ("memory of one rank, estimated", _memory_rows(worked_out)),
-        ("disk", _disk_rows(worked_out.disk)),
+        ("disk", _disk_rows(worked_out.config, disk=worked_out.disk)),
         ("time of all steps, estimated", _time_rows(worked_out)),
     )
     where = "" if worked_out.gpu is None else f" on {worked_out.num_gpus} x {worked_out.gpu.name}"
@@ -155,9 +163,9 @@ _Row = tuple[str, str, str]
 
 
 def _model_rows(worked_out: _Plan) -> list[_Row]:
-    counted = worked_out.parameters
+    counted, lora = worked_out.parameters, worked_out.config.lora
     head = f"{counted.head:,}" if counted.head else "tied"
-    return [
+    rows = [
         ("parameters", f"{counted.total:,}", "all of them trainable"),
         ("  embedding", f"{counted.embedding:,}", ""),
         ("  head", head, "" if counted.head else "the embedding again"),
@@ -166,13 +174,23 @@ def _model_rows(worked_out: _Plan) -> list[_Row]:
         ("  norms", f"{counted.norms:,}", ""),
         ("not of the vocabulary", f"{counted.non_embedding:,}", ""),
     ]
+    if lora.rank is None:
+        return rows
+    rows[0] = ("parameters", f"{counted.total:,}", "none of them trainable")
+    num_trained = count_trained(worked_out.config)
+    return [*rows, ("LoRA's additions", f"{num_trained:,}", f"trainable, rank {lora.rank}")]
 
 
 def _training_rows(worked_out: _Plan) -> list[_Row]:
     config = worked_out.config
-    per_token = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    per_token = flops_per_token(
+        config.model, sequence_length=config.data.sequence_length, lora=config.lora
+    )
     multiplying = format_count(worked_out.parameters.multiplying)
     step_tokens = config.train.global_batch_tokens
+    factor, rest = 6, "and causal attention"
+    if config.lora.rank is not None:
+        factor, rest = 4, "6 x the additions, and causal attention"
     return [
         (
             "steps",
@@ -180,7 +198,7 @@ def _training_rows(worked_out: _Plan) -> list[_Row]:
             f"of {step_tokens:,} tokens, {config.rows_per_step} rows",
         ),
         ("tokens", f"{run_tokens(config):,}", format_count(run_tokens(config))),
-        ("FLOPs a token", f"{per_token:.3e}", f"6 x {multiplying} weights, and causal attention"),
+        ("FLOPs a token", f"{per_token:.3e}", f"{factor} x {multiplying} weights, {rest}"),
         ("FLOPs, all steps", f"{per_token * run_tokens(config):.2e}", ""),
     ]
 
@@ -189,6 +207,7 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
     memory, train = worked_out.memory, worked_out.config.train
     lanes = train.lanes // worked_out.num_gpus
     precision = "planned as bfloat16" if train.precision == "auto" else train.precision
+    moments = "8 bits" if worked_out.config.optimizer.name == "adamw8bit" else "float32"
     recomputed = ", blocks recomputed" if train.recompute == "block" else ""
     rows = [
         ("weights", format_bytes(memory.weights_bytes), "float32"),
@@ -199,7 +218,7 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
             if lanes == 1
             else f"float32, {lanes.bit_length()} x for {lanes} lanes",
         ),
-        ("AdamW", format_bytes(memory.optimizer_bytes), "two moments, float32"),
+        ("AdamW", format_bytes(memory.optimizer_bytes), f"two moments, {moments}"),
         ("casts of the weights", format_bytes(memory.casts_bytes), precision),
         (
             "activations",
@@ -238,8 +257,8 @@ def _rows_that_fit(rows: int | None) -> tuple[str, str]:
     return f"{rows} rows", f"--train.microbatch_rows {rows}"
 
 
-def _disk_rows(disk: DiskEstimate) -> list[_Row]:
-    return [
+def _disk_rows(config: Config, *, disk: DiskEstimate) -> list[_Row]:
+    rows = [
         (
             "a checkpoint's weights",
             format_bytes(disk.weights_bytes),
@@ -252,8 +271,11 @@ def _disk_rows(disk: DiskEstimate) -> list[_Row]:
         ),
         ("log and samples", format_bytes(disk.history_bytes), "roughly"),
         ("the run", format_bytes(disk.run_bytes), f"{format_bytes(disk.peak_bytes)} at the peak"),
-        ("the data", format_bytes(disk.data_bytes), "shards for one pass over fresh tokens"),
     ]
+    if config.is_finetuning:  # conversations are read as they are
+        return rows
+    shards = format_bytes(disk.data_bytes)
+    return [*rows, ("the data", shards, "shards for one pass over fresh tokens")]
 
 
 def _time_rows(worked_out: _Plan) -> list[_Row]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from milepost.core.errors import MilepostError, StopRequested
+from milepost.core.errors import MilepostError, StopRequested, UsageError
+
+if TYPE_CHECKING:
+    from milepost.config.schema import Config
 
 OPTIONS = ("run", "ranks", "override", "json", "debug")
 """What `train` takes beside overrides, for the hint after a slip of the pen."""
@@ -58,11 +61,17 @@ def train(
 
     place = read_place(os.environ)
     if place is None:
-        _launch(recipe, overrides=overrides, ranks=ranks, words=words)
-        return
-    from milepost.config.recipe import load_recipe
 
-    config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
+        def load() -> Config:
+            from milepost.data.run_data import open_run_data
+
+            config = _load_config(recipe, overrides)
+            open_run_data(config)  # so that what is wrong with it is said once
+            return config
+
+        launch_ranks(load, words=words, ranks=ranks)
+        return
+    config = _load_config(recipe, overrides)
     # Read by cuBLAS when it starts; without it deterministic products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from milepost.train.rank import train_as_rank
@@ -76,25 +85,44 @@ def train(
         raise ChildFailed(StopRequested.exit_code)
 
 
-def _launch(
-    recipe: str, *, overrides: Sequence[str], ranks: int | None, words: Sequence[str]
-) -> None:
+def _load_config(recipe: str, overrides: Sequence[str]) -> Config:
+    from milepost.config.recipe import load_recipe
+
+    config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
+    if config.is_finetuning:
+        raise UsageError(
+            f"recipe {recipe} tunes a model that is there already",
+            hint="milepost finetune MODEL --data FILE --run DIR",
+        )
+    return config
+
+
+def launch_ranks(load: Callable[[], Config], *, words: Sequence[str], ranks: int | None) -> None:
+    """Starts a run's ranks and waits for them.
+
+    Args:
+        load: loads and checks the config, so that what is wrong is said once, not by every rank.
+        words: the command line of each rank.
+        ranks: how many are asked for; None: as many as the lanes can use.
+
+    Raises:
+        MilepostError: `load` refused, or a rank failed and has said why.
+    """
     from milepost.distributed.stop_requests import StopRequests
 
     with StopRequests() as stops:  # first: the other imports and checks take a while
-        from milepost.config.recipe import load_recipe
-        from milepost.data.run_data import open_run_data
         from milepost.distributed.devices import choose_ranks, count_gpus
         from milepost.distributed.launch import launch
+        from milepost.train.installed import check_optimizer
         from milepost.train.trackers import check_trackers
 
-        config = load_recipe(recipe, overrides=overrides, options=OPTIONS)
-        open_run_data(config)  # so that what is wrong with it is said once, not by every rank
+        config = load()
         if config.evaluation.every_steps is not None:
             from milepost.evaluation.catalog import parse_tasks
 
             parse_tasks(config.evaluation.tasks)
         check_trackers(config.tracking.tools)
+        check_optimizer(config.optimizer)
         num_gpus = count_gpus()
         chosen = choose_ranks(requested=ranks, lanes=config.train.lanes, num_gpus=num_gpus)
         code = launch(words, ranks=chosen, on_gpus=num_gpus > 0, stops=stops)

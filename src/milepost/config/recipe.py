@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import json
 import os
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from milepost.config.problems import field_names, validate
 from milepost.config.schema import Config
 from milepost.core.errors import UsageError
 from milepost.core.files import sha256_of_json
 
-ALWAYS_FIXED = ("model.", "data.sequence_length", "data.document_attention")
+ALWAYS_FIXED = (
+    "model.",
+    "data.sequence_length",
+    "data.document_attention",
+    "lora.",
+    "finetune.template",
+    "finetune.held_out_fraction",
+)
 """Fields of a run that never change: architecture and data."""
 
 HARMLESS = (
@@ -28,8 +38,13 @@ HARMLESS = (
     "samples.",
     "guards.collective_timeout_seconds",
     "tracking.",
+    "finetune.base",
+    "finetune.data",
+    "finetune.questions",
+    "finetune.max_new_tokens",
 )
-"""Fields that cannot alter a run's numbers; the data fingerprint guards `data.path`."""
+"""Fields that cannot alter a run's numbers; fingerprints guard `data.path`, `finetune.data` and
+`finetune.base`."""
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -153,6 +168,17 @@ def parse_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> lis
         else:
             pairs.append((f"{section}.{field}", True))
     return pairs
+
+
+def as_overrides(section: str, values: BaseModel | Mapping[str, Any]) -> list[str]:
+    """The words that set every field of a section as it is here."""
+    plain = values.model_dump(mode="json") if isinstance(values, BaseModel) else values
+    return [
+        word
+        for name, value in plain.items()
+        # JSON of numbers, truth values and texts is TOML; paths stand as they are.
+        for word in (f"--{section}.{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
 
 
 def _nearest(name: str, *, options: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 PositiveInt = Annotated[int, Field(ge=1, le=2**40)]
 StepCount = Annotated[int, Field(ge=0, le=2**40)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Section(BaseModel):
@@ -84,7 +85,9 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """[optimizer]"""
 
-    name: Literal["adamw"] = Field("adamw", description="AdamW (Loshchilov and Hutter 2019).")
+    name: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="AdamW (Loshchilov and Hutter 2019); adamw8bit: 8-bit moments."
+    )
     learning_rate: float = Field(gt=0, le=1e30, description="Highest learning rate.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), strict=False, description="Decay of first and second moments."
@@ -193,6 +196,47 @@ class TrackingSection(Section):
     )
 
 
+class LoraSection(Section):
+    """[lora], for `milepost finetune`; PEFT's names."""
+
+    rank: int | None = Field(
+        None, ge=1, le=2**14, description="Rank of the additions; none: all weights are trained."
+    )
+    alpha: float = Field(16.0, gt=0, le=1e6, description="Additions count alpha / rank times.")
+    dropout: float = Field(0.0, ge=0, le=0, description="None, as the paper: exact resume.")
+    targets: Annotated[tuple[LoraTarget, ...], BeforeValidator(_names), Field(min_length=1)] = (
+        Field(
+            ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            description="Projections that have additions.",
+        )
+    )
+
+
+class FinetuneSection(Section):
+    """[finetune], for `milepost finetune`."""
+
+    template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="Chat template: vicuna-1.1 or a .jinja file; none: the recipe pretrains.",
+    )
+    base: str = Field("", description="The model that is tuned; its hash is in the manifest.")
+    data: str = Field("", description="Instructions: .json, .jsonl(.gz), .parquet or a hub name.")
+    held_out_fraction: float = Field(
+        0.02, ge=0, lt=1, description="Share of the conversations that is scored, never trained."
+    )
+    questions: tuple[Annotated[str, Field(min_length=1, max_length=10_000)], ...] = Field(
+        (
+            "Who invented the first practical light bulb?",
+            "What are the Pyramids of Giza known for?",
+        ),
+        strict=False,
+        description="Answered before and after; those of the paper's Table V.",
+    )
+    max_new_tokens: int = Field(256, ge=1, le=2**16, description="Tokens of one such answer.")
+
+
 class Config(Section):
     """Everything a run is made of, as one frozen object."""
 
@@ -208,11 +252,18 @@ class Config(Section):
     samples: SamplesSection = SamplesSection()  # type: ignore[call-arg]
     guards: GuardsSection = GuardsSection()  # type: ignore[call-arg]
     tracking: TrackingSection = TrackingSection()  # type: ignore[call-arg]
+    lora: LoraSection = LoraSection()  # type: ignore[call-arg]
+    finetune: FinetuneSection = FinetuneSection()  # type: ignore[call-arg]
 
     @property
     def rows_per_step(self) -> int:
         """Rows of one global batch."""
         return self.train.global_batch_tokens // self.data.sequence_length
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether the run tunes a model on conversations, in place of pretraining one."""
+        return self.finetune.template is not None
 
     @property
     def last_step(self) -> int:

@@ -46,6 +46,40 @@ def show(text: str) -> None:
     _write_data(text)
 
 
+def show_piece(text: str) -> None:
+    """Data for people that comes bit by bit: on stdout, without a line's end.
+
+    Raises:
+        StorageError: as `show`.
+    """
+    _write_data(text, end="")
+
+
+def ask(prompt: str) -> str | None:
+    """One line from stdin without its end; None where there are no more.
+
+    Args:
+        prompt: shown at a terminal only, where the line can be edited.
+    """
+    if sys.stdin is None:
+        return None
+    if not is_terminal():
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (from now on `input` knows the arrow keys)
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def is_terminal() -> bool:
+    """Whether a person types and reads here."""
+    streams = (sys.stdin, sys.stdout)
+    return all(stream is not None and stream.isatty() for stream in streams)
+
+
 def show_json(value: Any) -> None:
     """Data for programs: one strict JSON document on stdout.
 
@@ -72,11 +106,11 @@ def warn(text: str) -> None:
     say(f"warning: {text}")
 
 
-def _write_data(text: str) -> None:
+def _write_data(text: str, *, end: str = "\n") -> None:
     if sys.stdout is None:
         raise StorageError("cannot write standard output: it is closed", hint=_OPEN_STDOUT)
     try:
-        _write(sys.stdout, text)
+        _write(sys.stdout, text, end=end)
     except BrokenPipeError:
         return
     except OSError as error:
@@ -88,15 +122,15 @@ def _write_data(text: str) -> None:
 _OPEN_STDOUT = "leave standard output open, or send it to a file"
 
 
-def _write(stream: TextIO, text: str) -> None:
-    """Writes one line; after a failure the stream leads nowhere, so that no later flush fails.
+def _write(stream: TextIO, text: str, *, end: str = "\n") -> None:
+    """Writes text; after a failure the stream leads nowhere, so that no later flush fails.
 
     Raises:
         OSError: the stream takes no data.
         ValueError: the stream is closed.
     """
     try:
-        stream.write(_encodable(text, stream) + "\n")
+        stream.write(_encodable(text, stream) + end)
         stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):

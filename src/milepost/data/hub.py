@@ -21,7 +21,7 @@ from milepost.core.console import say
 from milepost.core.errors import DataError, UsageError
 from milepost.core.files import sha256_of_file, storage_errors
 from milepost.core.units import format_bytes
-from milepost.data.sources import FORMS, HubPlace, SourceFile, form_of
+from milepost.data.sources import FORMS, Forms, HubPlace, SourceFile, form_of
 
 DATASETS_PREFIX = "hf://datasets/"
 FETCH_BYTES = 16 << 20
@@ -30,7 +30,7 @@ FETCH_BYTES = 16 << 20
 _PATTERN_CHARACTERS = "*?["
 
 
-def find_hub_files(source: str) -> list[SourceFile]:
+def find_hub_files(source: str, *, forms: Forms = FORMS) -> list[SourceFile]:
     """The files that `hf://datasets/owner/name[@revision][/path-or-pattern]` means, by path.
 
     A path may be of a file, of a folder, or a pattern with * and ?; * stands for anything but a
@@ -61,10 +61,10 @@ def find_hub_files(source: str) -> list[SourceFile]:
             ),
         )
         for entry in sorted(entries, key=lambda entry: entry.path)
-        if (form := form_of(entry.path)) and _matches(entry.path, path)
+        if (form := form_of(entry.path, forms=forms)) and _matches(entry.path, path)
     ]
     if not files:
-        raise DataError(f"{source} holds no file that is read", hint=f"read: {', '.join(FORMS)}")
+        raise DataError(f"{source} holds no file that is read", hint=f"read: {', '.join(forms)}")
     return files
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from milepost.core.errors import DataError
 
-Kind = Literal["text", "json_lines", "parquet"]
+Kind = Literal["text", "json_lines", "json_list", "parquet"]
 Compression = Literal["gzip", "zstd"] | None
+Forms = Mapping[str, tuple[Kind, Compression]]
 
-FORMS: dict[str, tuple[Kind, Compression]] = {
+FORMS: Forms = {
     ".txt": ("text", None),
     ".jsonl": ("json_lines", None),
     ".jsonl.gz": ("json_lines", "gzip"),
     ".jsonl.zst": ("json_lines", "zstd"),
     ".parquet": ("parquet", None),
 }
-"""What a file's ending says about it."""
+"""What a file's ending says about it, where texts are read."""
 
 HUB_PREFIX = "hf://"
 
@@ -64,17 +65,21 @@ class SourceFile:
     hub: HubPlace | None = None
 
 
-def form_of(name: str) -> tuple[Kind, Compression] | None:
+def form_of(name: str, *, forms: Forms = FORMS) -> tuple[Kind, Compression] | None:
     """The kind and compression that a file's name says, None where it is not known."""
     lower = name.lower()
-    for ending, form in FORMS.items():
+    for ending, form in forms.items():
         if lower.endswith(ending):
             return form
     return None
 
 
-def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
+def find_files(sources: Sequence[str | Path], *, forms: Forms = FORMS) -> list[SourceFile]:
     """All files of the sources: in the order given, those of a folder sorted by path.
+
+    Args:
+        sources: files, folders, or `hf://datasets/...`.
+        forms: which files are read, by their endings.
 
     Raises:
         DataError: a source is missing, empty, or of a kind that is not read.
@@ -84,9 +89,9 @@ def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
         if str(source).startswith(HUB_PREFIX):
             from milepost.data.hub import find_hub_files
 
-            files += find_hub_files(str(source))
+            files += find_hub_files(str(source), forms=forms)
         else:
-            files += _local_files(Path(source))
+            files += _local_files(Path(source), forms)
     counts = Counter(place_of(file) for file in files)
     for file in files:
         if counts[place_of(file)] > 1:
@@ -99,32 +104,32 @@ def place_of(file: SourceFile) -> str:
     return file.name if file.path is None else str(file.path.resolve())
 
 
-def _local_files(source: Path) -> list[SourceFile]:
-    known = ", ".join(FORMS)
+def _local_files(source: Path, forms: Forms) -> list[SourceFile]:
+    known = ", ".join(forms)
     if source.is_dir():
         found = sorted(
             path
             for path in source.rglob("*")
-            if path.is_file() and form_of(path.name) and not _is_hidden(path, source)
+            if path.is_file() and form_of(path.name, forms=forms) and not _is_hidden(path, source)
         )
         if not found:
             raise DataError(f"{source} holds no file that is read", hint=f"read: {known}")
-        return [_local_file(path) for path in found]
+        return [_local_file(path, forms) for path in found]
     if not source.exists():
         raise DataError(f"there is no source {source}", hint="check the path")
     if not source.is_file():
         raise DataError(f"{source} is neither a file nor a folder", hint=f"read: {known}")
-    if form_of(source.name) is None:
+    if form_of(source.name, forms=forms) is None:
         raise DataError(f"{source} is of a kind that is not read", hint=f"read: {known}")
-    return [_local_file(source)]
+    return [_local_file(source, forms)]
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _local_file(path: Path) -> SourceFile:
-    form = form_of(path.name)
+def _local_file(path: Path, forms: Forms) -> SourceFile:
+    form = form_of(path.name, forms=forms)
     assert form is not None
     try:
         status = path.stat()

@@ -13,10 +13,15 @@ from typing import Any, NoReturn
 
 from milepost.core.errors import DataError
 from milepost.core.files import storage_errors
-from milepost.data.sources import FORMS, SourceFile, find_files, form_of
+from milepost.data.sources import FORMS, Forms, SourceFile, find_files, form_of
 
 MAX_FILE_BYTES = 1 << 30
 """So much is read of a file, decompressed; the largest benchmark has 50 MB."""
+
+ROW_FORMS: Forms = {ending: form for ending, form in FORMS.items() if form[0] != "text"} | {
+    ".json": ("json_list", None)
+}
+"""Files that rows are read from, by their endings."""
 
 ROW_ENDINGS = tuple(ending for ending, (kind, _) in FORMS.items() if kind != "text")
 """What names of files of rows end in."""
@@ -34,6 +39,7 @@ SPLIT_WORDS = {
 
 _FOLDER_HINT = "give the folder of the rows: --data-dir, in a recipe evaluation.data_dir"
 _ROW_HINT = "rows have the fields of the benchmark's dataset on the hub: mend this one"
+_JSON_HINT = "mend it, or take it out"
 
 
 @dataclass(frozen=True)
@@ -183,19 +189,21 @@ def _split_of(name: str, benchmark: str) -> str | None:
 
 
 def read_rows(name: str, path: Path) -> list[Row]:
-    """All rows of a file of JSON lines or a Parquet table, in order; blank lines are passed over.
+    """All rows of a file, in order: JSON lines, blank ones passed over, a JSON list, or a table.
 
     Args:
         name: what the file is called in messages; its ending says its form.
         path: where it lies.
 
     Raises:
-        DataError: the file is damaged, too large, holds no rows, or a line is no JSON object.
+        DataError: the file is damaged, too large, holds no rows, or a row is no JSON object.
     """
-    form = form_of(name)
-    assert form is not None and form[0] != "text", name
+    form = form_of(name, forms=ROW_FORMS)
+    assert form is not None, name
     if form[0] == "parquet":
         rows = _table_rows(name, path)
+    elif form[0] == "json_list":
+        rows = _list_rows(name, _read_all(name, path, compression=None))
     else:
         rows = list(_line_rows(name, _read_all(name, path, compression=form[1])))
     if not rows:
@@ -218,7 +226,7 @@ def _read_all(name: str, path: Path, *, compression: str | None) -> bytes:
 def _check_size(name: str, num_bytes: int) -> None:
     if num_bytes > MAX_FILE_BYTES:
         raise DataError(
-            f"{name} holds more than {MAX_FILE_BYTES >> 20} MiB", hint="give a benchmark's rows"
+            f"{name} holds more than {MAX_FILE_BYTES >> 20} MiB", hint="split it into several files"
         )
 
 
@@ -226,17 +234,39 @@ def _line_rows(name: str, data: bytes) -> Iterator[Row]:
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
-        try:
-            fields = json.loads(
-                line.decode(), parse_constant=_no_constant, object_pairs_hook=_object
-            )
-        except RecursionError as error:
-            raise DataError(f"{name}:{number} is nested too deep to be read as JSON") from error
-        except ValueError as error:
-            raise DataError(f"{name}:{number} is not JSON: {error}", hint=_ROW_HINT) from error
+        fields = _strict_json(line, place=f"{name}:{number}")
         if not isinstance(fields, dict):
-            raise DataError(f"{name}:{number} is not a JSON object", hint=_ROW_HINT)
+            raise DataError(f"{name}:{number} is not a JSON object", hint=_JSON_HINT)
         yield Row(name, number, fields)
+
+
+def _list_rows(name: str, data: bytes) -> list[Row]:
+    values = _strict_json(data.removeprefix(b"\xef\xbb\xbf"), place=name)
+    if not isinstance(values, list):
+        raise DataError(
+            f"{name} is not a JSON list of rows",
+            hint="where each line is a JSON object of its own, the name ends in .jsonl",
+        )
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise DataError(f"{name}:{number} is not a JSON object", hint=_JSON_HINT)
+    return [Row(name, number, value) for number, value in enumerate(values, start=1)]
+
+
+def _strict_json(data: bytes, *, place: str) -> Any:
+    """What JSON says that has no NaN and no field twice.
+
+    Raises:
+        DataError: it is something else; the message names `place`.
+    """
+    try:
+        return json.loads(data.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise DataError(
+            f"{place} is nested too deep to be read as JSON", hint=_JSON_HINT
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}", hint=_JSON_HINT) from error
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -16,7 +16,7 @@ import torch
 from milepost.core.units import bits_per_byte
 from milepost.distributed.reduce import gather_in_rank_order
 from milepost.distributed.world import World
-from milepost.model.attention import document_mask
+from milepost.model.attention import document_mask, mask_inside
 from milepost.model.llama import Llama
 from milepost.model.loss import token_nats
 
@@ -30,12 +30,15 @@ class ValidationSet:
         targets: [R, T] token ids, -1 where padding.
         num_bytes: UTF-8 bytes of the text that the targets stand for.
         document_separator: the end-of-text id if attention stays inside documents, else None.
+        documents: [R, T], as in a training batch; None where the inputs alone say what is
+            attended to.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     num_bytes: int
     document_separator: int | None = None
+    documents: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +94,10 @@ def validate(
         targets = _padded(rows.targets[start : start + microbatch_rows], microbatch_rows, fill=-1)
         inputs, targets = inputs.to(world.device), targets.to(world.device)
         mask = None
-        if rows.document_separator is not None:
+        if rows.documents is not None:
+            of_group = rows.documents[start : start + microbatch_rows]
+            mask = mask_inside(_padded(of_group, microbatch_rows, fill=0).to(world.device))
+        elif rows.document_separator is not None:
             mask = document_mask(inputs, end_of_text_id=rows.document_separator)
         hidden = model(inputs, compute_dtype=compute_dtype, mask=mask)
         nats = token_nats(

@@ -62,6 +62,11 @@ def plan_replay(layout: RunLayout, *, from_step: int | None, data: Path | None) 
         DataError: the data is not there, or not that of the run.
     """
     manifest = read_run_manifest(layout)
+    if manifest.config.is_finetuning:
+        raise UsageError(
+            f"{layout.root} is a fine-tuning, which is not trained again for a proof",
+            hint="without --replay its checkpoints are held against their manifests",
+        )
     history = read_history(layout.events)
     first, last = _choose_pair(layout, manifest=manifest, history=history, from_step=from_step)
     logged = _logged_steps(history, layout=layout, first=first + 1, last=last)

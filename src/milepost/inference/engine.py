@@ -6,24 +6,17 @@ as well; an empty prompt is that token alone.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from milepost.core.errors import UsageError
-from milepost.core.seeds import derive_seed
-from milepost.inference.kv_cache import KVCache
-from milepost.inference.sampling import Decoding, next_token
+from milepost.inference.sampling import Decoding
+from milepost.inference.stream import END_OF_TEXT, NewToken, row_seeds, stream_tokens
 from milepost.model.llama import Llama
 from milepost.text.tokenizer import Tokenizer
-
-END_OF_TEXT = "end_of_text"
-MAX_NEW_TOKENS = "max_new_tokens"
-CONTEXT = "context"
 
 _ROWS_AT_ONCE = 16
 
@@ -45,19 +38,6 @@ class Completion:
     stopped: str
 
 
-@dataclass
-class _Row:
-    """One prompt on its way."""
-
-    place: int
-    prompt: str
-    prompt_ids: list[int]
-    generator: torch.Generator
-    new_ids: list[int] = field(default_factory=list)
-    stopped: str | None = None
-
-
-@torch.no_grad()
 def complete(
     model: Llama,
     tokenizer: Tokenizer,
@@ -94,19 +74,29 @@ def complete(
         DivergedError: the logits are not finite.
     """
     decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
-    rows = _rows_of(prompts, tokenizer, model.config.max_position_embeddings, seed)
+    prompts_ids = _ids_of(prompts, tokenizer, context=model.config.max_position_embeddings)
+    seeds = row_seeds(prompts, seed=seed)
+    written: dict[int, _Written] = {}
     # Neighbors of similar length waste the least padding.
-    by_length = sorted(rows, key=lambda row: len(row.prompt_ids))
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
+    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts_ids[place]))
+    for start in range(0, len(prompts), _ROWS_AT_ONCE):
         batch = by_length[start : start + _ROWS_AT_ONCE]
-        _decode(model, tokenizer, batch, decoding=decoding, compute_dtype=compute_dtype)
+        steps = stream_tokens(
+            model,
+            [prompts_ids[place] for place in batch],
+            decoding,
+            end_ids=frozenset({tokenizer.end_of_text_id}),
+            vocab_size=tokenizer.vocab_size,
+            seeds=[seeds[place] for place in batch],
+            compute_dtype=compute_dtype,
+        )
+        written |= zip(batch, _collected(steps, num_rows=len(batch)), strict=True)
     return [
-        Completion(row.prompt, tokenizer.decode(row.new_ids), row.new_ids, row.stopped or "")
-        for row in rows
+        Completion(prompt, tokenizer.decode(row.ids), row.ids, row.stopped)
+        for prompt, row in ((prompt, written[place]) for place, prompt in enumerate(prompts))
     ]
 
 
-@torch.no_grad()
 def continue_likeliest(
     model: Llama,
     tokenizer: Tokenizer,
@@ -136,86 +126,44 @@ def continue_likeliest(
     Raises:
         DivergedError: the logits are not finite.
     """
-    unused = torch.Generator()
-    rows = [_Row(place, "", list(ids), unused) for place, ids in enumerate(prompts_ids)]
-    decoding = Decoding(max_new_tokens, temperature=0.0, top_k=None, top_p=None)
-    _decode(
-        model, tokenizer, rows, decoding=decoding, compute_dtype=compute_dtype, stop_ids=stop_ids
+    steps = stream_tokens(
+        model,
+        prompts_ids,
+        Decoding(max_new_tokens, temperature=0.0, top_k=None, top_p=None),
+        end_ids=stop_ids | {tokenizer.end_of_text_id},
+        vocab_size=tokenizer.vocab_size,
+        compute_dtype=compute_dtype,
     )
-    return [row.new_ids for row in rows]
+    return [row.ids for row in _collected(steps, num_rows=len(prompts_ids))]
 
 
-def _rows_of(prompts: Sequence[str], tokenizer: Tokenizer, context: int, seed: int) -> list[_Row]:
-    rows = []
-    seen: Counter[str] = Counter()
-    for place, prompt in enumerate(prompts):
+def _ids_of(prompts: Sequence[str], tokenizer: Tokenizer, *, context: int) -> list[list[int]]:
+    prompts_ids = []
+    for number, prompt in enumerate(prompts, start=1):
         prompt_ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
         if len(prompt_ids) >= context:
             raise UsageError(
-                f"prompt {place + 1} has {len(prompt_ids)} tokens with the end-of-text token "
+                f"prompt {number} has {len(prompt_ids)} tokens with the end-of-text token "
                 f"before it; the model's context is {context}",
                 hint=f"shorten it to at most {context - 2} tokens",
             )
-        stream = derive_seed(seed, "completion", prompt, seen[prompt])
-        seen[prompt] += 1
-        rows.append(_Row(place, prompt, prompt_ids, torch.Generator().manual_seed(stream)))
+        prompts_ids.append(prompt_ids)
+    return prompts_ids
+
+
+@dataclass
+class _Written:
+    """What one row wrote, without the token that ended it."""
+
+    ids: list[int] = field(default_factory=list)
+    stopped: str = ""
+
+
+def _collected(steps: Iterable[list[NewToken]], *, num_rows: int) -> list[_Written]:
+    rows = [_Written() for _ in range(num_rows)]
+    for token in itertools.chain.from_iterable(steps):
+        if token.stopped is not None:
+            rows[token.row].stopped = token.stopped
+        if token.stopped != END_OF_TEXT:
+            rows[token.row].ids.append(token.token_id)
     return rows
-
-
-def _decode(
-    model: Llama,
-    tokenizer: Tokenizer,
-    rows: list[_Row],
-    *,
-    decoding: Decoding,
-    compute_dtype: torch.dtype,
-    stop_ids: frozenset[int] = frozenset(),
-) -> None:
-    """Fills `new_ids` and `stopped` of all rows: one prefill, then a token a row a pass."""
-    context = model.config.max_position_embeddings
-    ends = stop_ids | {tokenizer.end_of_text_id}
-    longest = max(len(row.prompt_ids) for row in rows)
-    device = model.head_weight.device
-    cache = KVCache(
-        model.config,
-        num_rows=len(rows),
-        capacity=min(context, longest + decoding.max_new_tokens),
-        dtype=compute_dtype,
-        device=device,
-    )
-    padding = tokenizer.end_of_text_id
-    ids = [row.prompt_ids + [padding] * (longest - len(row.prompt_ids)) for row in rows]
-    hidden_BTD = model(torch.tensor(ids, device=device), compute_dtype=compute_dtype, cache=cache)
-    lengths = [len(row.prompt_ids) for row in rows]
-    cache.cut(lengths)
-    last_BD = hidden_BTD[range(len(rows)), [length - 1 for length in lengths]]
-    while True:
-        logits_BV = _logits(model, last_BD, vocab_size=tokenizer.vocab_size)
-        for row, logits_V in zip(rows, logits_BV, strict=True):
-            token_id = next_token(logits_V, decoding=decoding, generator=row.generator)
-            _append(row, token_id, ends=ends, limit=decoding.max_new_tokens, context=context)
-        going = [number for number, row in enumerate(rows) if row.stopped is None]
-        if not going:
-            return
-        if len(going) < len(rows):
-            cache.keep(going)
-            rows = [rows[number] for number in going]
-        newest_B1 = torch.tensor([[row.new_ids[-1]] for row in rows], device=device)
-        last_BD = model(newest_B1, compute_dtype=compute_dtype, cache=cache)[:, -1]
-
-
-def _append(row: _Row, token_id: int, *, ends: frozenset[int], limit: int, context: int) -> None:
-    if token_id in ends:
-        row.stopped = END_OF_TEXT
-        return
-    row.new_ids.append(token_id)
-    if len(row.new_ids) == limit:
-        row.stopped = MAX_NEW_TOKENS
-    elif len(row.prompt_ids) + len(row.new_ids) == context:
-        row.stopped = CONTEXT
-
-
-def _logits(model: Llama, hidden_BD: Tensor, *, vocab_size: int) -> Tensor:
-    """float32 on the CPU; rows that pad the vocabulary beyond the tokenizer's are left out."""
-    weight_VD = model.head_weight[:vocab_size].to(hidden_BD.dtype)
-    return F.linear(hidden_BD, weight_VD).float().cpu()

@@ -47,6 +47,11 @@ class KVCache:
         return max(self._lengths) == 0
 
     @property
+    def is_even(self) -> bool:
+        """Whether all rows have one length."""
+        return min(self._lengths) == max(self._lengths)
+
+    @property
     def num_attended(self) -> int:
         """Positions S that the forward pass that runs now may look at."""
         return max(self._lengths) + self._num_new
@@ -66,6 +71,21 @@ class KVCache:
             return self.positions_BT, None
         stored_S = torch.arange(self.num_attended, device=device)
         return self.positions_BT, stored_S <= self.positions_BT[:, None, :, None]
+
+    def begin_step(self) -> tuple[Tensor, Tensor | None]:
+        """Opens a forward pass of one token a row, which the layers take with `extend_step`.
+
+        Returns:
+            (positions_B int64, mask bool [B, 1, 1, S]); the mask is None where all rows have one
+            length, so that all there is may be attended to.
+        """
+        self._num_new = 1
+        assert self.num_attended <= self.capacity, "the caller bounds the context"
+        self.positions_BT = self.lengths_B[:, None]
+        if self.is_even:
+            return self.lengths_B, None
+        stored_S = torch.arange(self.num_attended, device=self.lengths_B.device)
+        return self.lengths_B, (stored_S <= self.positions_BT)[:, None, None]
 
     def layer(self, index: int) -> _LayerKVCache:
         """The part of one layer."""
@@ -117,6 +137,18 @@ class _LayerKVCache:
         rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
         self._keys[rows_B1, :, positions_BT] = keys.transpose(1, 2)
         self._values[rows_B1, :, positions_BT] = values.transpose(1, 2)
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def extend_step(self, keys_BGH: Tensor, values_BGH: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one new token a row; returns all there are to attend to, [B, G, S, H]."""
+        end = self._owner.num_attended
+        if self._owner.is_even:
+            self._keys[:, :, end - 1] = keys_BGH
+            self._values[:, :, end - 1] = values_BGH
+        else:
+            rows_B = torch.arange(len(keys_BGH), device=keys_BGH.device)
+            self._keys[rows_B, :, self._owner.lengths_B] = keys_BGH
+            self._values[rows_B, :, self._owner.lengths_B] = values_BGH
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def keep(self, index: Tensor) -> None:

@@ -22,6 +22,7 @@ from milepost.core.files import (
 )
 from milepost.model.huggingface import model_section_from_hf
 from milepost.model.llama import Llama
+from milepost.model.lora import merge_lora
 from milepost.runs.layout import RunLayout, step_of_folder
 from milepost.runs.steps import available_steps, describe_steps, is_run
 from milepost.text.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +30,7 @@ from milepost.text.tokenizer import Tokenizer, load_tokenizer
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 MOST_JSON_BYTES = 64 << 20
 _FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -39,7 +41,7 @@ _FILES_THAT_COUNT = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ def load_model(
 
 
 def read_model(folder: Path, *, device: torch.device | str = "cpu") -> LoadedModel:
-    """As `load_model`, from a folder whose files were verified or have no manifest."""
+    """As `load_model`, from a folder whose files were verified or have no manifest.
+
+    An adapter is added into the weights of its base, which is looked for where the adapter says.
+    """
     config = read_config(folder)
     for file in folder.glob("*.json"):
         plain_file(file, error=CheckpointError)
@@ -93,7 +98,19 @@ def read_model(folder: Path, *, device: torch.device | str = "cpu") -> LoadedMod
             f"the model's vocabulary {config.vocab_size}",
             hint="the tokenizer's files belong to another model",
         )
-    model = read_weights(folder, config=config).to(device)
+    base = base_of_adapter(folder)
+    if base is None:
+        model = read_weights(folder, config=config)
+    else:
+        # That module is built on this one.
+        from milepost.inference.adapter_files import load_lora
+
+        if has_manifest(base):
+            verify_model_files(base)
+        model = read_weights(base, config=config)
+        load_lora(model, folder)
+        merge_lora(model)
+    model = model.to(device)
     return LoadedModel(model, tokenizer, step_of_folder(folder), folder)
 
 
@@ -105,7 +122,7 @@ def model_folder(path: Path, *, step: int | None = None) -> Path:
         )
     if is_run(path):
         return _checkpoint_of_run(RunLayout(path), step)
-    if not (path / CONFIG_FILE).exists():
+    if not any((path / name).exists() for name in (CONFIG_FILE, ADAPTER_CONFIG_FILE)):
         raise UsageError(
             f"{path} is neither a run nor a model: it has no manifest.json and no config.json",
             hint="give a run, a checkpoint or a Hugging Face folder",
@@ -115,6 +132,25 @@ def model_folder(path: Path, *, step: int | None = None) -> Path:
             f"{path} is one model, it has no step {step}", hint="give the run folder with a step"
         )
     return path
+
+
+def base_of_adapter(folder: Path) -> Path | None:
+    """The folder of the model that an adapter was trained on; None where `folder` is a model.
+
+    Raises:
+        CheckpointError: there is no such folder any more, or the adapter does not name one.
+    """
+    if not (folder / ADAPTER_CONFIG_FILE).exists():
+        return None
+    name = read_bounded_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    base = Path(name) if isinstance(name, str) else None
+    if base is None or not (base / CONFIG_FILE).exists():
+        raise CheckpointError(
+            f"{folder} is an adapter, and its base is not where it says: {name!r}",
+            hint=f"put the base back, or name where it lies in {ADAPTER_CONFIG_FILE}; "
+            "its hash is looked at",
+        )
+    return base
 
 
 def _checkpoint_of_run(layout: RunLayout, step: int | None) -> Path:
@@ -146,7 +182,7 @@ def read_weights(folder: Path, *, config: ModelSection) -> Llama:
     with ExitStack() as stack:
         places: dict[str, tuple[Path, Any]] = {}
         for file in weight_files(folder):
-            reader = _open(file, stack)
+            reader = open_tensors(file, stack)
             places |= dict.fromkeys(reader.keys(), (file, reader))
         _check_names(set(places), set(shapes), config=config, folder=folder)
         for name, shape in shapes.items():
@@ -154,7 +190,7 @@ def read_weights(folder: Path, *, config: ModelSection) -> Llama:
         model = Llama(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(_read(name, *places[name]))
+                parameter.copy_(read_tensor(name, *places[name]))
     return model
 
 
@@ -165,7 +201,8 @@ def read_config(folder: Path) -> ModelSection:
         UsageError: it is not a LLaMA that can be read.
         CheckpointError: config.json is missing or damaged.
     """
-    values = _read_bounded_json(folder / CONFIG_FILE)
+    folder = base_of_adapter(folder) or folder
+    values = read_bounded_json(folder / CONFIG_FILE)
     try:
         return model_section_from_hf(values)
     except UsageError as error:
@@ -184,6 +221,11 @@ def identify(folder: Path) -> str:
     """
     if has_manifest(folder):
         return _sha256(plain_file(folder / MANIFEST, error=CheckpointError))
+    base = base_of_adapter(folder)
+    if base is not None:
+        own = sorted(folder.glob("adapter_*"))
+        hashes = {f.name: _sha256(plain_file(f, error=CheckpointError)) for f in own}
+        return sha256_of_json(hashes | {"base": identify(base)})
     present = [folder / name for name in _FILES_THAT_COUNT if (folder / name).exists()]
     files = [*present, *weight_files(folder)]
     return sha256_of_json(
@@ -206,7 +248,8 @@ def dtype_of_weights(folder: Path) -> str:
 
     That is what transformers takes for "auto". Types that cannot be computed with are float32.
     """
-    values = _read_bounded_json(folder / CONFIG_FILE)
+    folder = base_of_adapter(folder) or folder
+    values = read_bounded_json(folder / CONFIG_FILE)
     named = values.get("dtype") or values.get("torch_dtype")
     if not isinstance(named, str):
         named = _DTYPE_NAMES.get(_first_type(folder), "")
@@ -216,7 +259,7 @@ def dtype_of_weights(folder: Path) -> str:
 def _first_type(folder: Path) -> str:
     with ExitStack() as stack:
         for file in weight_files(folder):
-            reader = _open(file, stack)
+            reader = open_tensors(file, stack)
             for name in sorted(reader.keys()):
                 return str(reader.get_slice(name).get_dtype())
     return ""
@@ -231,12 +274,12 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_FILE).exists() or (folder / WEIGHTS_FILE).is_symlink():
         return [plain_file(folder / WEIGHTS_FILE, error=CheckpointError)]
     if (folder / INDEX_FILE).exists():
-        index = _read_bounded_json(folder / INDEX_FILE)
+        index = read_bounded_json(folder / INDEX_FILE)
         names = index.get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map of file names")
         return [_shard(folder, name) for name in sorted(set(names.values()))]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when read",
@@ -253,7 +296,12 @@ def _shard(folder: Path, name: str) -> Path:
     return plain_file(folder / name, error=CheckpointError)
 
 
-def _read_bounded_json(path: Path) -> dict[str, Any]:
+def read_bounded_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that a stranger may have written.
+
+    Raises:
+        CheckpointError: it is missing, too large, not a plain file or not a JSON object.
+    """
     size = plain_file(path, error=CheckpointError).stat().st_size
     if size > MOST_JSON_BYTES:
         raise CheckpointError(f"{path} has {size} bytes, at most {MOST_JSON_BYTES} are read")
@@ -263,7 +311,12 @@ def _read_bounded_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open(file: Path, stack: ExitStack) -> Any:
+def open_tensors(file: Path, stack: ExitStack) -> Any:
+    """A reader of a safetensors file, closed with the stack.
+
+    Raises:
+        CheckpointError: it is damaged or something else.
+    """
     try:
         return stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
@@ -298,7 +351,12 @@ def _check_tensor(name: str, shape: tuple[int, ...], file: Path, reader: Any) ->
         )
 
 
-def _read(name: str, file: Path, reader: Any) -> Any:
+def read_tensor(name: str, file: Path, reader: Any) -> Any:
+    """One tensor of a file from `open_tensors`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return reader.get_tensor(name)
     except (SafetensorError, OSError, RuntimeError) as error:

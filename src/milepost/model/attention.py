@@ -151,8 +151,19 @@ def document_mask(input_ids_BT: Tensor, *, end_of_text_id: int) -> Tensor:
     Returns:
         bool [B, 1, T, T]: causal, and in the same document.
     """
-    document_BT = (input_ids_BT == end_of_text_id).cumsum(dim=1)
+    return mask_inside((input_ids_BT == end_of_text_id).cumsum(dim=1))
+
+
+def mask_inside(document_BT: Tensor) -> Tensor:
+    """Where attention is allowed if it must stay among tokens of one number.
+
+    Args:
+        document_BT: integers, equal inside a document.
+
+    Returns:
+        bool [B, 1, T, T]: causal, and in the same document; a token always sees itself.
+    """
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    length = input_ids_BT.shape[1]
-    causal_TT = torch.ones(length, length, dtype=torch.bool, device=input_ids_BT.device).tril()
+    length = document_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=document_BT.device).tril()
     return (same_BTT & causal_TT)[:, None]

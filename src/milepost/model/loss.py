@@ -77,14 +77,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         work = _Work(hidden_ND, head_weight_VD, chunk_rows=chunk_rows)
         nats_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(head_weight_VD, dtype=torch.float32)
+        grad_weight_VD: Tensor | None = None
+        if ctx.needs_input_grad[1]:  # not where the head is frozen, as beside LoRA
+            grad_weight_VD = torch.zeros_like(head_weight_VD, dtype=torch.float32)
         for rows in work.chunks():
             logits_CV = work.logits(hidden_ND[rows])
             for inner in work.blocks(logits_CV):
                 targets, nats = targets_N[rows][inner], nats_N[rows][inner]
                 work.replace_by_gradient(logits_CV[inner], targets, nats, scale=scale)
             torch.mm(logits_CV, work.weight, out=grad_hidden_ND[rows])
-            work.add_weight_gradient(grad_weight_VD, logits_CV, hidden_ND[rows])
+            if grad_weight_VD is not None:
+                work.add_weight_gradient(grad_weight_VD, logits_CV, hidden_ND[rows])
         ctx.gradients = (grad_hidden_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nats_N)
         ctx.set_materialize_grads(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milepost.config.schema import Config, ModelSection
+from milepost.config.schema import Config, LoraSection, ModelSection
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,45 @@ def count_parameters(model: ModelSection) -> ParameterCount:
     )
 
 
-def flops_per_token(model: ModelSection, *, sequence_length: int) -> int:
+def count_additions(model: ModelSection, *, lora: LoraSection) -> int:
+    """Parameters of LoRA's additions, rank x (in + out) a projection (Hu et al. 2021, section 4);
+    0 where all weights are trained."""
+    width, kv_width = model.hidden_size, model.num_key_value_heads * model.head_dim
+    ffn_width = model.intermediate_size
+    in_and_out = {
+        "q_proj": 2 * width,
+        "k_proj": width + kv_width,
+        "v_proj": width + kv_width,
+        "o_proj": 2 * width,
+        "gate_proj": width + ffn_width,
+        "up_proj": width + ffn_width,
+        "down_proj": width + ffn_width,
+    }
+    per_layer = sum(in_and_out[target] for target in lora.targets)
+    return model.num_hidden_layers * (lora.rank or 0) * per_layer
+
+
+def count_trained(config: Config) -> int:
+    """Parameters that are trained: LoRA's additions, or all of the model's."""
+    additions = count_additions(config.model, lora=config.lora)
+    return additions or count_parameters(config.model).total
+
+
+def flops_per_token(
+    model: ModelSection, *, sequence_length: int, lora: LoraSection | None = None
+) -> int:
     """FLOPs of training on one token, forward and backward, nothing computed twice.
 
-    6 a weight that multiplies: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1). Causal
+    6 a weight that multiplies: 2 forward, 4 backward (Kaplan et al. 2020, section 2.1), of which
+    the 2 for the weight's own gradient fall away where LoRA leaves it as it is. Causal
     attention sees T / 2 positions on average; scores and their product with the values are
     2 x 2 x D x T/2 FLOPs a layer forward, three times that with the backward pass (Chowdhery et
     al. 2022, appendix B, halved for the causal mask).
     """
     attention = 6 * model.num_hidden_layers * model.hidden_size * sequence_length
-    return 6 * count_parameters(model).multiplying + attention
+    multiplying = count_parameters(model).multiplying
+    additions = count_additions(model, lora=lora) if lora else 0
+    return (4 * multiplying + 6 * additions if additions else 6 * multiplying) + attention
 
 
 def run_tokens(config: Config) -> int:

@@ -134,7 +134,9 @@ def estimate_duration(
             return None
         recompute = config.train.recompute == "block"
         assumed = ASSUMED_MFU_FRACTION_WITH_RECOMPUTE if recompute else ASSUMED_MFU_FRACTION
-        work_flops = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+        work_flops = flops_per_token(
+            config.model, sequence_length=config.data.sequence_length, lora=config.lora
+        )
         tokens_per_second = gpu.bf16_flops * num_gpus * assumed / work_flops
     validated_tokens = num_validations(config) * config.validation.tokens
     return DurationEstimate(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from milepost.config.schema import Config, ModelSection
 from milepost.core.errors import UsageError
 from milepost.core.units import GIBIBYTE
-from milepost.planner.cost import count_parameters, run_tokens
+from milepost.planner.cost import count_additions, count_parameters, count_trained, run_tokens
 
 FLOAT32_BYTES = 4
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -98,16 +98,17 @@ def estimate_memory(
         UsageError: the lanes cannot be dealt to so many ranks.
     """
     lanes_per_rank = _lanes_per_rank(config.train.lanes, ranks=ranks)
-    model, counted = config.model, count_parameters(config.model)
+    model, num_trained = config.model, count_trained(config)
+    num_weights = count_parameters(model).total + count_additions(model, lora=config.lora)
     width = COMPUTE_BYTES[config.train.precision]
     rows = microbatch_rows or config.train.microbatch_rows
     tokens = rows * config.data.sequence_length
     # One flat buffer a level of the tree in which lanes are summed: log2(lanes) + 1.
     gradient_buffers = lanes_per_rank.bit_length()
     return MemoryEstimate(
-        weights_bytes=FLOAT32_BYTES * counted.total,
-        gradients_bytes=FLOAT32_BYTES * counted.total * gradient_buffers,
-        optimizer_bytes=2 * FLOAT32_BYTES * counted.total,
+        weights_bytes=FLOAT32_BYTES * num_weights,
+        gradients_bytes=FLOAT32_BYTES * num_trained * gradient_buffers,
+        optimizer_bytes=2 * _moment_bytes(config, num_trained),
         casts_bytes=_casts_bytes(config),
         activations_bytes=tokens * _activation_bytes_per_token(config),
         loss_bytes=_loss_bytes(model, tokens=tokens, width=width),
@@ -115,13 +116,24 @@ def estimate_memory(
     )
 
 
+def _moment_bytes(config: Config, num_trained: int) -> int:
+    """One moment of AdamW; in 8 bits a byte a number, and a float32 scale for every 256."""
+    if config.optimizer.name == "adamw8bit":
+        return num_trained + FLOAT32_BYTES * num_trained // 256
+    return FLOAT32_BYTES * num_trained
+
+
 def host_bytes(config: Config) -> int:
     """Memory of the host that a restart of a GPU run takes on each rank, for a moment.
 
-    The model is made in float32 (4 bytes a parameter) while the masters and both moments of the
-    train state are read (12).
+    The model is made in float32 (4 bytes a parameter) while the masters (4) and both moments of
+    the train state are read. Masters and moments are of what is trained alone.
     """
-    return 16 * count_parameters(config.model).total
+    num_trained = count_trained(config)
+    num_weights = count_parameters(config.model).total
+    num_weights += count_additions(config.model, lora=config.lora)
+    read_bytes = FLOAT32_BYTES * num_trained + 2 * _moment_bytes(config, num_trained)
+    return FLOAT32_BYTES * num_weights + read_bytes
 
 
 def save_copy_bytes(config: Config) -> int:
@@ -131,10 +143,11 @@ def save_copy_bytes(config: Config) -> int:
     weights in 16 bits where the model file has them so. On a CPU run it lies beside all that
     `estimate_memory` counts.
     """
-    num_bytes = (1 + 2) * FLOAT32_BYTES
+    num_trained = count_trained(config)
+    weight_bytes = FLOAT32_BYTES
     if config.checkpoint.weights_dtype != "float32":
-        num_bytes += 2
-    return num_bytes * count_parameters(config.model).total
+        weight_bytes += 2
+    return weight_bytes * num_trained + 2 * _moment_bytes(config, num_trained)
 
 
 def largest_microbatch_rows(config: Config, *, ranks: int, memory_bytes: int) -> int | None:
@@ -178,8 +191,10 @@ def estimate_disk(config: Config) -> DiskEstimate:
     """Disk of the checkpoints of a run, with the retention of its config, and of its data."""
     checkpoint = config.checkpoint
     weights_bytes, train_state_bytes = checkpoint_bytes(
-        count_parameters(config.model).total, weights_dtype=checkpoint.weights_dtype
+        count_trained(config), weights_dtype=checkpoint.weights_dtype
     )
+    num_trained = count_trained(config)
+    train_state_bytes -= 2 * (FLOAT32_BYTES * num_trained - _moment_bytes(config, num_trained))
     steps = _checkpoint_steps(config)
     num_kept = _num_train_states(config, steps)
     # Retention frees an old train state only after the new checkpoint is whole.

@@ -36,6 +36,11 @@ class RunLayout:
         return self.root / "samples.jsonl"
 
     @property
+    def probes(self) -> Path:
+        """What small changes of a prompt did to checkpoints."""
+        return self.root / "probes.jsonl"
+
+    @property
     def ratings(self) -> Path:
         """Scores of completions by people and by models."""
         return self.root / "ratings.jsonl"

@@ -13,7 +13,8 @@ _MOST_SHOWN = 12
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run, not a model folder (which may have a manifest.json too)."""
-    return (path / "manifest.json").is_file() and not (path / "config.json").exists()
+    of_model = ("config.json", "adapter_config.json")
+    return (path / "manifest.json").is_file() and not any((path / n).exists() for n in of_model)
 
 
 def available_steps(layout: RunLayout) -> list[int]:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 
 from milepost.core.errors import UsageError
 
@@ -34,6 +35,9 @@ HEADERS = {
 }
 
 
+_READING = ("GET", "HEAD")
+
+
 def keep_local(app: FastAPI) -> None:
     """Refuses what a page of another site could send here, and bodies that are too large.
 
@@ -50,21 +54,36 @@ def keep_local(app: FastAPI) -> None:
 
 
 def _refusal(request: Request) -> Response | None:
-    host = request.headers.get("host", "")
-    if not _is_here(host):
-        return _refuse(421, f"this page is for this machine only, not for {host[:80]!r}")
-    if request.method in ("GET", "HEAD"):
+    foreign = foreign_request(request.headers, method=request.method)
+    if foreign is not None:
+        return _refuse(*foreign)
+    if request.method in _READING:
         return None
-    origin = request.headers.get("origin")
-    if origin is not None and origin.removeprefix("http://") != host:
-        return _refuse(403, f"a page of {origin[:80]!r} may not write here")
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return _refuse(403, "a page of another site may not write here")
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdigit()):
         return _refuse(411, "the length of the body is not given")
     if len(length) > 9 or int(length) > MOST_BODY_BYTES:
         return _refuse(413, f"the body is longer than {MOST_BODY_BYTES} bytes")
+    return None
+
+
+def foreign_request(headers: Headers, *, method: str) -> tuple[int, str] | None:
+    """Status and message for what is not of this machine, or what a page of another site sends.
+
+    Args:
+        headers: of the request.
+        method: of the request; what only reads may come from anywhere on this machine.
+    """
+    host = headers.get("host", "")
+    if not _is_here(host):
+        return 421, f"this address is for this machine only, not for {host[:80]!r}"
+    if method in _READING:
+        return None
+    origin = headers.get("origin")
+    if origin is not None and origin.removeprefix("http://") != host:
+        return 403, f"a page of {origin[:80]!r} may not write here"
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return 403, "a page of another site may not write here"
     return None
 
 
@@ -106,9 +125,23 @@ def open_port(host: str, *, port: int | None) -> socket.socket:
             hint=f"from elsewhere go through ssh -L {port or FIRST_PORT}:127.0.0.1:"
             f"{port or FIRST_PORT} USER@MACHINE and open http://127.0.0.1:{port or FIRST_PORT}/",
         )
+    return listen_at(host, port=port, first_port=FIRST_PORT)
+
+
+def listen_at(host: str, *, port: int | None, first_port: int) -> socket.socket:
+    """A socket that listens, at any address of this machine.
+
+    Args:
+        host: an address, or localhost.
+        port: 0: any free one; None: `first_port`, or the next one that is free.
+        first_port: the usual one.
+
+    Raises:
+        UsageError: the port cannot be had.
+    """
     if port is not None:
         return _bound(host, port)
-    for candidate in range(FIRST_PORT, FIRST_PORT + NUM_PORTS_TRIED):
+    for candidate in range(first_port, first_port + NUM_PORTS_TRIED):
         try:
             return _bound(host, candidate)
         except PortTakenError:
@@ -150,9 +183,28 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def serve_until_stopped(app: FastAPI, *, listening: socket.socket) -> None:
-    """Answers until SIGINT (Ctrl-C) or SIGTERM; the main thread calls this."""
+def serve_until_stopped(
+    app: FastAPI,
+    *,
+    listening: socket.socket,
+    closing_seconds: int = CLOSING_SECONDS,
+    before_closing: Callable[[], None] | None = None,
+) -> None:
+    """Answers until SIGINT (Ctrl-C) or SIGTERM; the main thread calls this.
+
+    Args:
+        app: what answers.
+        listening: where.
+        closing_seconds: for answers under way when the end is asked for.
+        before_closing: called once, when the end is asked for.
+    """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if before_closing is not None:
+                before_closing()
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app,
@@ -162,14 +214,14 @@ def serve_until_stopped(app: FastAPI, *, listening: socket.socket) -> None:
         ws="none",
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=CLOSING_SECONDS,
+        timeout_graceful_shutdown=closing_seconds,
     )
     # The server gives a signal that ended it to whoever would have had it: both end here.
     before = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     for which in before:
         signal.signal(which, signal.default_int_handler)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:

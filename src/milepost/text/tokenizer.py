@@ -46,6 +46,7 @@ class Tokenizer:
             Hugging Face's tokenizers do by themselves and `encode` never does.
         beginning_id: what stands before a text that has nothing before it: the token that the
             files call bos_token, else the first of the template, else the end-of-text token.
+        control_ids: the ids of all control tokens, by what they are called.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Tokenizer:
         self.name = name
         self.vocab_size = max(vocab.values()) + 1
         self.end_of_text_id = vocab[end_of_text]
+        self.control_ids = _control_ids(content) | {end_of_text: self.end_of_text_id}
         self.sha256 = sha256_of_json(content)
         self._content = content
         self._end_of_text = end_of_text
@@ -263,6 +265,12 @@ def _all_tokens(content: dict[str, Any]) -> dict[str, int]:
     else:
         tokens = dict(vocab)
     return tokens | {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+
+
+def _control_ids(content: dict[str, Any]) -> dict[str, int]:
+    """The control tokens of a tokenizer.json with their ids."""
+    entries = content.get("added_tokens") or []
+    return {entry["content"]: entry["id"] for entry in entries if entry.get("special")}
 
 
 def _find_end_of_text(content: dict[str, Any], file: Path) -> str:

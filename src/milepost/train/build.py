@@ -1,8 +1,7 @@
-"""Composition: the parts of a pretraining run, made in one place, and the run around them."""
+"""Composition: the parts of a training run, made in one place, and the run around them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,26 +9,21 @@ from typing import Any
 
 import torch
 
-from milepost.checkpoint.state import Progress, TrainState
+from milepost.checkpoint.state import Progress
 from milepost.checkpoint.store import load_train_state, needed_bytes, refuse_if_full
 from milepost.config.recipe import as_plain, config_from_plain
 from milepost.config.schema import Config
 from milepost.core.console import say
 from milepost.core.errors import CheckpointError
-from milepost.data.loader import Loader
-from milepost.data.shards import PreparedData
 from milepost.distributed.reduce import broadcast_json
 from milepost.distributed.world import World
 from milepost.evaluation.catalog import parse_tasks
-from milepost.model.huggingface import hf_config, hf_generation_config
-from milepost.model.init import initialize
 from milepost.model.llama import Llama
-from milepost.planner.cost import count_parameters, flops_per_token
+from milepost.planner.cost import flops_per_token
 from milepost.planner.duration import gpu_of_device
 from milepost.runs.evaluations import EvaluationStore
 from milepost.runs.events import History
 from milepost.runs.layout import RunLayout
-from milepost.text.tokenizer import Tokenizer
 from milepost.train.evaluating import make_evaluation, open_tasks
 from milepost.train.exactness import device_names, judge_exactness, machine_facts
 from milepost.train.gradients import LaneGradients
@@ -42,8 +36,9 @@ from milepost.train.replay import ReplayCheck
 from milepost.train.saving import CheckpointWriter, Saver
 from milepost.train.schedule import learning_rate
 from milepost.train.step import FIRST_LOSS_SCALE, LossScale, Stepper
+from milepost.train.subject import Subject
 from milepost.train.throughput import Throughput
-from milepost.train.watching import make_sampling, make_validation, open_validation_set
+from milepost.train.watching import make_sampling, make_validation
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ def build(
     agreement: Agreement,
     *,
     layout: RunLayout,
-    data: PreparedData,
+    subject: Subject,
     opened: OpenedRun | None,
     world: World,
     stop_requested: Callable[[], bool],
@@ -127,7 +122,7 @@ def build(
     Args:
         agreement: of all ranks.
         layout: the run folder.
-        data: opened; verified by the main rank.
+        subject: what is trained, on what; verified by the main rank.
         opened: the run, on the main rank only.
         world: of this process.
         stop_requested: whether this process was asked to stop.
@@ -138,14 +133,13 @@ def build(
         DataError: too little data.
     """
     config = agreement.config
-    tokenizer = data.tokenizer()
-    model, optimizer, progress = _model_to_train(agreement, world=world)
+    model, optimizer, progress = _model_to_train(agreement, subject=subject, world=world)
+    weights = subject.trained_weights(model)
     periodic = _watching(
         agreement,
         model=model,
-        tokenizer=tokenizer,
+        subject=subject,
         layout=layout,
-        data=data,
         opened=opened,
         world=world,
         stop_requested=stop_requested,
@@ -154,8 +148,9 @@ def build(
     saver = None
     if opened is not None:
         saver = Saver(
-            _checkpoint_writer(opened, layout=layout, tokenizer=tokenizer, data=data),
+            _checkpoint_writer(opened, layout=layout, subject=subject, model=model),
             model=model,
+            weights=weights,
             optimizer=optimizer,
             saved_step=progress.step,
             mark=saving_mark,
@@ -165,15 +160,10 @@ def build(
     return LoopParts(
         progress=progress,
         last_step=config.last_step,
-        batches=Loader(
-            data.train,
-            seed=config.run.seed,
-            sequence_length=config.data.sequence_length,
-            rows_per_step=config.rows_per_step,
-        ),
+        batches=subject.batches(config),
         learning_rate=lambda step: learning_rate(step, config=config),
         stepper=Stepper(
-            build_objective(model, config=config, end_of_text_id=data.end_of_text_id),
+            build_objective(model, config=config, end_of_text_id=subject.tokenizer.end_of_text_id),
             optimizer=optimizer,
             gradients=LaneGradients(model),
             config=config,
@@ -190,19 +180,19 @@ def build(
 
 
 def _model_to_train(
-    agreement: Agreement, *, world: World
-) -> tuple[Llama, torch.optim.AdamW, Progress]:
+    agreement: Agreement, *, subject: Subject, world: World
+) -> tuple[Llama, torch.optim.Optimizer, Progress]:
     """The model and its optimizer on their device, new or as a checkpoint left them."""
     config = agreement.config
-    model = Llama(config.model)
+    model = subject.make_model(config)
     if agreement.restore_from is None:
-        initialize(model, config=config.model, seed=config.run.seed)
+        subject.set_first_weights(model, config=config)
         model.to(world.device)
         first_scale = FIRST_LOSS_SCALE if config.train.precision == "float16" else 1.0
         optimizer = build_optimizer(model, config=config.optimizer)
         return model, optimizer, Progress(loss_scale=first_scale)
     state = load_train_state(agreement.restore_from)
-    _restore_weights(model, state)
+    _restore_weights(subject.trained_weights(model), saved=state.weights)
     model.to(world.device)
     optimizer = build_optimizer(model, config=config.optimizer)
     restore_moments(
@@ -224,9 +214,8 @@ def _watching(
     agreement: Agreement,
     *,
     model: Llama,
-    tokenizer: Tokenizer,
+    subject: Subject,
     layout: RunLayout,
-    data: PreparedData,
     opened: OpenedRun | None,
     world: World,
     stop_requested: Callable[[], bool],
@@ -236,8 +225,7 @@ def _watching(
     config = agreement.config
     periodic: list[Periodic] = []
     action: Callable[[Progress], bool | None]
-    if data.validation is not None:
-        rows = open_validation_set(data.validation, config=config, data=data, tokenizer=tokenizer)
+    if (rows := subject.validation_set(config)) is not None:
         action = make_validation(
             model,
             rows=rows,
@@ -249,12 +237,12 @@ def _watching(
         is_missing = "validation" in agreement.missing
         periodic.append(Periodic(config.validation.every_steps, action, at_start=is_missing))
     if config.evaluation.every_steps is not None:
-        tasks = open_tasks(config, tokenizer=tokenizer, data=data, world=world)
+        tasks = open_tasks(config, subject=subject, world=world)
         names = agreement.missing & {task.benchmark for task in tasks}
         action = make_evaluation(
             model,
             tasks=tasks,
-            tokenizer=tokenizer,
+            tokenizer=subject.tokenizer,
             config=config,
             store=EvaluationStore(layout.root),
             opened=opened,
@@ -265,7 +253,7 @@ def _watching(
         periodic.append(Periodic(config.evaluation.every_steps, action, at_start=bool(names)))
     if opened is not None and config.samples.every_steps is not None:
         action = make_sampling(
-            model, tokenizer=tokenizer, config=config, layout=layout, events=opened.events
+            model, tokenizer=subject.tokenizer, config=config, layout=layout, events=opened.events
         )
         is_missing = "sample" in agreement.missing
         periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
@@ -273,7 +261,7 @@ def _watching(
 
 
 def _checkpoint_writer(
-    opened: OpenedRun, *, layout: RunLayout, tokenizer: Tokenizer, data: PreparedData
+    opened: OpenedRun, *, layout: RunLayout, subject: Subject, model: Llama
 ) -> CheckpointWriter:
     """The main rank's writer, with the retention of the segment before carried out."""
     config = opened.config
@@ -281,7 +269,8 @@ def _checkpoint_writer(
         layout=layout,
         run_id=opened.manifest.run_id,
         config=config.checkpoint,
-        model_files=_model_files(config, tokenizer=tokenizer, data=data),
+        model_files=subject.model_files(model, config=config),
+        weights_file=subject.weights_file,
         events=opened.events,
         good_step=0 if opened.restorable is None else opened.restorable.step,
     )
@@ -300,15 +289,16 @@ def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayChec
     return ReplayCheck(History(since, num_bad_lines=0), restored_step=restored_step)
 
 
-def _restore_weights(model: Llama, state: TrainState) -> None:
-    own = model.state_dict()
+@torch.no_grad()
+def _restore_weights(own: dict[str, torch.Tensor], *, saved: dict[str, torch.Tensor]) -> None:
+    """Copies saved tensors over the model's own."""
     for name, tensor in own.items():
-        saved = state.weights.get(name)
-        if saved is None or saved.shape != tensor.shape:
+        if name not in saved or saved[name].shape != tensor.shape:
             raise CheckpointError(f"the checkpoint has no fitting tensor {name}")
-    if left := sorted(set(state.weights) - set(own)):
+    if left := sorted(set(saved) - set(own)):
         raise CheckpointError(f"the checkpoint has an unknown tensor {left[0]}")
-    model.load_state_dict(state.weights)
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def _throughput(config: Config, *, world: World) -> Throughput:
@@ -318,25 +308,15 @@ def _throughput(config: Config, *, world: World) -> Throughput:
         peak_flops = None if gpu is None else gpu.bf16_flops * world.size
     return Throughput(
         tokens_per_step=config.train.global_batch_tokens,
-        flops_per_token=flops_per_token(config.model, sequence_length=config.data.sequence_length),
+        flops_per_token=flops_per_token(
+            config.model, sequence_length=config.data.sequence_length, lora=config.lora
+        ),
         peak_flops=peak_flops,
     )
 
 
-def _model_files(config: Config, *, tokenizer: Tokenizer, data: PreparedData) -> dict[str, bytes]:
-    """The Hugging Face files beside the weights."""
-    end = data.end_of_text_id
-    dtype = config.checkpoint.weights_dtype
-    documents = {
-        "config.json": hf_config(config.model, end_of_text_id=end, dtype=dtype),
-        "generation_config.json": hf_generation_config(end_of_text_id=end),
-    }
-    texts = {name: (json.dumps(v, indent=2) + "\n").encode() for name, v in documents.items()}
-    return texts | tokenizer.files()
-
-
 def start_segment(
-    parts: LoopParts, *, opened: OpenedRun, config: Config, world: World, layout: RunLayout
+    parts: LoopParts, *, opened: OpenedRun, subject: Subject, world: World, layout: RunLayout
 ) -> None:
     """Records and says what this segment is; main rank only.
 
@@ -344,8 +324,9 @@ def start_segment(
         StorageError: the disk cannot hold one checkpoint; nothing was trained.
     """
     assert parts.events is not None
+    config = opened.config
     needed = needed_bytes(
-        count_parameters(config.model).total, weights_dtype=config.checkpoint.weights_dtype
+        subject.num_trained(config), weights_dtype=config.checkpoint.weights_dtype
     )
     refuse_if_full(layout, state_bytes=needed)
     restored = None if opened.restorable is None else opened.restorable.step

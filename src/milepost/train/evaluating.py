@@ -8,7 +8,6 @@ from pathlib import Path
 from milepost.checkpoint.state import Progress
 from milepost.config.schema import Config
 from milepost.core.console import say
-from milepost.data.shards import PreparedData
 from milepost.distributed.decision import main_rank_first
 from milepost.distributed.world import World
 from milepost.evaluation.catalog import open_task, parse_tasks
@@ -18,11 +17,10 @@ from milepost.model.llama import Llama
 from milepost.runs.evaluations import EvaluationStore, Weights
 from milepost.text.tokenizer import Tokenizer
 from milepost.train.opening import OpenedRun
+from milepost.train.subject import Subject
 
 
-def open_tasks(
-    config: Config, *, tokenizer: Tokenizer, data: PreparedData, world: World
-) -> list[Task]:
+def open_tasks(config: Config, *, subject: Subject, world: World) -> list[Task]:
     """The tasks of the recipe, ready to be scored; every rank must call.
 
     Raises:
@@ -35,12 +33,12 @@ def open_tasks(
         return [
             open_task(
                 name,
-                tokenizer=tokenizer,
+                tokenizer=subject.tokenizer,
                 context_length=config.model.max_position_embeddings,
                 data_dir=Path(section.data_dir) if section.data_dir else None,
                 limit=section.limit,
                 num_fewshot=0,
-                validation=data.validation,
+                validation=subject.benchmark_shards,
             )
             for name in parse_tasks(section.tasks)
         ]

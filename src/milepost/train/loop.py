@@ -5,31 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import numpy as np
 
 from milepost.checkpoint.state import Progress
 from milepost.core.console import say
 from milepost.core.errors import DivergedError
 from milepost.core.units import format_duration
-from milepost.data.loader import batch_sha256
+from milepost.data.batch import Batch, Batches
 from milepost.runs.events import EventWriter
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
 from milepost.train.saving import Saver
 from milepost.train.step import Stepper, StepResult
 from milepost.train.throughput import Throughput
-
-
-class Batches(Protocol):
-    """Where batches come from: a pure function of the data step."""
-
-    def batch(self, data_step: int) -> np.ndarray:
-        """The global batch, uint32 [rows, T + 1]."""
-
-    def close(self) -> None:
-        """Lets go of files and threads."""
 
 
 @dataclass
@@ -87,7 +74,7 @@ def run_loop(parts: LoopParts) -> bool:
         parts.progress = replace(
             parts.progress,
             step=step + 1,
-            tokens_seen=parts.progress.tokens_seen + batch.shape[0] * (batch.shape[1] - 1),
+            tokens_seen=parts.progress.tokens_seen + batch.num_targets,
             training_seconds=parts.progress.training_seconds + step_seconds,
             loss_scale=scale.value,
             steps_at_scale=scale.steps_at_scale,
@@ -121,7 +108,7 @@ def _end_replay(parts: LoopParts) -> None:
 def _record(
     parts: LoopParts,
     result: StepResult,
-    batch: np.ndarray,
+    batch: Batch,
     data_step: int,
     learning_rate: float,
     step_seconds: float,
@@ -134,7 +121,7 @@ def _record(
         "loss_nats": result.loss_nats,
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
-        "batch_sha256": batch_sha256(batch),
+        "batch_sha256": batch.sha256,
     }
     parts.events.append(
         "step",

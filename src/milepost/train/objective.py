@@ -1,4 +1,4 @@
-"""What pretraining minimizes: the cross-entropy of every next token of a row."""
+"""What training minimizes: the cross-entropy of every next token that is a target."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from milepost.config.schema import Config
-from milepost.model.attention import document_mask
+from milepost.model.attention import document_mask, mask_inside
 from milepost.model.llama import Llama, RunBlock, run_block
 from milepost.model.loss import training_loss
 from milepost.train.precision import DTYPES
@@ -30,10 +30,15 @@ def build_objective(model: Llama, *, config: Config, end_of_text_id: int) -> Obj
     compute_dtype = DTYPES[config.train.precision]
 
     def objective(
-        inputs_BT: torch.Tensor, targets_BT: torch.Tensor, scale: float
+        inputs_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        scale: float,
+        documents_BT: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         mask = None
-        if config.data.document_attention:
+        if documents_BT is not None:
+            mask = mask_inside(documents_BT)
+        elif config.data.document_attention:
             mask = document_mask(inputs_BT, end_of_text_id=end_of_text_id)
         hidden_BTD = model(inputs_BT, compute_dtype=compute_dtype, mask=mask, run_block=block)
         loss, nats_N = training_loss(

@@ -19,11 +19,11 @@ from milepost.core.console import warn
 from milepost.core.environment import describe_environment
 from milepost.core.errors import CheckpointError, DataError, UsageError
 from milepost.core.files import storage_errors
-from milepost.data.shards import PreparedData
 from milepost.runs.events import EventWriter, History, read_history, utc_now
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest, write_run_manifest
 from milepost.runs.overrides import Change, apply_changes, config_with_overrides
+from milepost.train.subject import Identity
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def open_run(
     *,
     config: Config,
     recipe: str,
-    data: PreparedData,
+    identity: Identity,
     resolve: Callable[[Config], Config],
     may_override: bool,
 ) -> OpenedRun:
@@ -72,14 +72,14 @@ def open_run(
         layout: the run folder, locked by this process.
         config: from the recipe and the command line, "auto" not yet resolved.
         recipe: what the person called the recipe.
-        data: opened and verified.
+        identity: of what is trained and of the data, verified.
         resolve: turns every "auto" into what this machine takes.
         may_override: whether changes that alter the numbers are taken.
 
     Raises:
         UsageError: the folder holds something else, or the recipe differs; all differences said.
         CheckpointError: there were checkpoints and none can be used.
-        DataError: the shards are not those of the run.
+        DataError: the data, or the model that is tuned, is not that of the run.
         StorageError: the folder cannot be written.
     """
     changed: list[Change] = []
@@ -90,11 +90,11 @@ def open_run(
         changed = differences(base, config)
         _refuse_changes(changed, may_override=may_override)
         config = apply_changes(base, changed)
-        _refuse_other_data(manifest, data)
+        _refuse_other_origin(manifest, identity)
     else:
         _refuse_foreign_folder(layout)
         config = resolve(config)
-        manifest = _new_manifest(config, recipe=recipe, data=data)
+        manifest = _new_manifest(config, recipe=recipe, identity=identity)
         write_run_manifest(layout, manifest)
         history = History(events=[], num_bad_lines=0)
     if history.num_bad_lines:
@@ -148,19 +148,32 @@ def _refuse_changes(changed: list[Change], *, may_override: bool) -> None:
     raise UsageError("the recipe differs from the run's\n" + "\n".join(lines), hint=hint)
 
 
-def _refuse_other_data(manifest: RunManifest, data: PreparedData) -> None:
-    found = data.validation.fingerprint if data.validation else None
-    for what, ours, theirs in (
-        ("training shards", manifest.data_fingerprint, data.train.fingerprint),
-        ("validation shards", manifest.validation_fingerprint, found),
-        ("tokenizer", manifest.tokenizer_sha256, data.tokenizer_sha256),
-    ):
+def _refuse_other_origin(manifest: RunManifest, identity: Identity) -> None:
+    ours, theirs = (d.get("base_sha256") for d in (manifest.lineage, identity.lineage))
+    if ours != theirs:
+        raise DataError(
+            f"the model that is tuned is not that of the run ({_short(theirs)} instead of "
+            f"{_short(ours)})",
+            hint=f"give the model that the run was made from: {manifest.lineage.get('base')}",
+        )
+    if not manifest.data_fingerprint:
+        raise UsageError(
+            "the run was imported without data, so it cannot be trained further",
+            hint="import the model once more with --data, to another --run",
+        )
+    known = (manifest.data_fingerprint, manifest.validation_fingerprint, manifest.tokenizer_sha256)
+    found = (identity.fingerprint, identity.validation_fingerprint, identity.tokenizer_sha256)
+    for what, ours, theirs in zip(identity.parts, known, found, strict=True):
         if ours != theirs:
             raise DataError(
-                f"{data.folder}: the {what} are not those of the run "
-                f"({str(theirs)[:12]} instead of {str(ours)[:12]})",
-                hint="point --data.path to the folder that the run was made with",
+                f"{identity.place}: the {what} are not those of the run "
+                f"({_short(theirs)} instead of {_short(ours)})",
+                hint=identity.hint,
             )
+
+
+def _short(sha256: str | None) -> str:
+    return str(sha256)[:12]
 
 
 def _refuse_foreign_folder(layout: RunLayout) -> None:
@@ -174,14 +187,15 @@ def _refuse_foreign_folder(layout: RunLayout) -> None:
         )
 
 
-def _new_manifest(config: Config, *, recipe: str, data: PreparedData) -> RunManifest:
+def _new_manifest(config: Config, *, recipe: str, identity: Identity) -> RunManifest:
     return RunManifest(
         run_id=uuid.uuid4().hex,
         created=utc_now(),
         config=config,
         recipe=recipe,
-        data_fingerprint=data.train.fingerprint,
-        validation_fingerprint=data.validation.fingerprint if data.validation else None,
-        tokenizer_sha256=data.tokenizer_sha256,
+        data_fingerprint=identity.fingerprint,
+        validation_fingerprint=identity.validation_fingerprint,
+        tokenizer_sha256=identity.tokenizer_sha256,
         environment=describe_environment(),
+        lineage=identity.lineage,
     )

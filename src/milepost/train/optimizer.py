@@ -6,21 +6,37 @@ import torch
 from torch import nn
 
 from milepost.config.schema import OptimizerSection
-from milepost.core.errors import CheckpointError
+from milepost.core.errors import CheckpointError, UsageError
+from milepost.train.lowbit import (
+    build_adamw8bit,
+    code_bytes,
+    code_tensors,
+    is_code_name,
+    is_coded,
+    take_codes,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(model: nn.Module, *, config: OptimizerSection) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on tensors of two or more dimensions (the authors' script)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def build_optimizer(model: nn.Module, *, config: OptimizerSection) -> torch.optim.Optimizer:
+    """Fused AdamW, or torchao's of 8 bits, of the parameters that are not frozen.
+
+    Weight decay is on tensors of two or more dimensions (the authors' script).
+
+    Raises:
+        UsageError: the one of 8 bits is asked for and torchao is not installed.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
-            "params": [p for _, p in named if p.dim() >= 2],
+            "params": [p for p in trained if p.dim() >= 2],
             "weight_decay": config.weight_decay,
         },
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if config.name == "adamw8bit":
+        return build_adamw8bit(groups, config=config)
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
@@ -29,13 +45,30 @@ def build_optimizer(model: nn.Module, *, config: OptimizerSection) -> torch.opti
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Sets the rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
+def moments_bytes(model: nn.Module, *, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all moments there will be, before the first update too."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            has_codes = _has_codes(parameter, optimizer=optimizer)
+            size = code_bytes(parameter.numel()) if has_codes else 4 * parameter.numel()
+            total += len(_MOMENTS) * size
+    return total
 
 
 def moments_by_name(
     model: nn.Module, *, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """("exp_avg.NAME" and "exp_avg_sq.NAME" to tensors, updates done); nothing is copied."""
+    """("exp_avg.NAME" and "exp_avg_sq.NAME" to tensors, updates done); nothing is copied.
+
+    A moment of 8 bits is three tensors, see `lowbit.code_tensors`.
+    """
     moments: dict[str, torch.Tensor] = {}
     num_updates = 0
     for name, parameter in model.named_parameters():
@@ -43,7 +76,10 @@ def moments_by_name(
         if state:
             num_updates = int(state["step"].item())
             for moment in _MOMENTS:
-                moments[f"{moment}.{name}"] = state[moment]
+                if _has_codes(parameter, optimizer=optimizer):
+                    moments |= code_tensors(state[moment], moment=moment, name=name)
+                else:
+                    moments[f"{moment}.{name}"] = state[moment]
     return moments, num_updates
 
 
@@ -57,18 +93,56 @@ def restore_moments(
     """Puts saved moments back, in place of whatever the optimizer has.
 
     Raises:
+        UsageError: they are another optimizer's.
         CheckpointError: a moment is missing, left over or of another shape.
     """
+    _refuse_another_kind(moments, optimizer=optimizer)
     left = dict(moments)
     for name, parameter in model.named_parameters():
-        state: dict[str, torch.Tensor] = {
-            "step": torch.tensor(float(num_updates), device=parameter.device)
-        }
+        if not parameter.requires_grad:
+            continue
+        # torchao counts on the host.
+        place = "cpu" if _is_lowbit(optimizer) else parameter.device
+        state: dict[str, torch.Tensor] = {"step": torch.tensor(float(num_updates), device=place)}
         for moment in _MOMENTS:
-            tensor = left.pop(f"{moment}.{name}", None)
-            if tensor is None or tensor.shape != parameter.shape:
+            if _has_codes(parameter, optimizer=optimizer):
+                tensor = take_codes(left, moment=moment, name=name, parameter=parameter)
+            else:
+                tensor = _take(left, f"{moment}.{name}", parameter=parameter)
+            if tensor is None:
                 raise CheckpointError(f"the train state has no fitting {moment} of {name}")
-            state[moment] = tensor.to(parameter.device, torch.float32, copy=True)
+            state[moment] = tensor
         optimizer.state[parameter] = state
     if left:
         raise CheckpointError(f"the train state has moments of unknown tensors: {sorted(left)[:3]}")
+
+
+def _take(
+    left: dict[str, torch.Tensor], name: str, *, parameter: torch.Tensor
+) -> torch.Tensor | None:
+    found = left.pop(name, None)
+    if found is None or found.shape != parameter.shape:
+        return None
+    return found.to(parameter.device, torch.float32, copy=True)
+
+
+def _is_lowbit(optimizer: torch.optim.Optimizer) -> bool:
+    return not isinstance(optimizer, torch.optim.AdamW)
+
+
+def _has_codes(parameter: nn.Parameter, *, optimizer: torch.optim.Optimizer) -> bool:
+    return _is_lowbit(optimizer) and is_coded(parameter.numel())
+
+
+def _refuse_another_kind(
+    moments: dict[str, torch.Tensor], *, optimizer: torch.optim.Optimizer
+) -> None:
+    wanted = any(
+        is_coded(p.numel()) for group in optimizer.param_groups for p in group["params"]
+    ) and _is_lowbit(optimizer)
+    if wanted != any(map(is_code_name, moments)):
+        ours, theirs = ("adamw8bit", "adamw") if wanted else ("adamw", "adamw8bit")
+        raise UsageError(
+            f"the moments of this run are those of {theirs}, optimizer.name is {ours}",
+            hint=f"go on with --optimizer.name {theirs}, or start a new run",
+        )

@@ -10,20 +10,17 @@ from typing import Any
 import torch
 
 from milepost.config.schema import Config
-from milepost.core.console import progress, say
+from milepost.core.console import say
 from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
 from milepost.core.files import exclusive_lock, storage_errors
-from milepost.core.units import format_count
-from milepost.data.run_data import open_run_data
-from milepost.data.shards import PreparedData
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
 from milepost.distributed.reduce import broadcast_json
 from milepost.distributed.world import World, die_with_parent, join_world
-from milepost.planner.cost import count_parameters
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
 from milepost.train.build import Agreement, agree, build, start_segment
+from milepost.train.installed import check_optimizer
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
 from milepost.train.periodic import Periodic
@@ -33,7 +30,9 @@ from milepost.train.precision import (
     resolve_compile,
     resolve_precision,
 )
+from milepost.train.pretraining import open_pretraining
 from milepost.train.stop import StopSignal
+from milepost.train.subject import Subject
 from milepost.train.trackers import check_trackers
 from milepost.train.tracking import Tracking
 
@@ -41,7 +40,13 @@ Summary = dict[str, Any]
 
 
 def train_as_rank(
-    place: Place, *, config: Config, recipe: str, run: Path, may_override: bool
+    place: Place,
+    *,
+    config: Config,
+    recipe: str,
+    run: Path,
+    may_override: bool,
+    open_subject: Callable[[Config], Subject] = open_pretraining,
 ) -> Summary | None:
     """Trains as one rank of a run until its last step or a stop.
 
@@ -51,6 +56,7 @@ def train_as_rank(
         recipe: what the person called it.
         run: the run folder.
         may_override: take changes that alter the numbers.
+        open_subject: opens what is trained, on what; called on every rank.
 
     Returns:
         What was reached, on the main rank; None on the others.
@@ -62,13 +68,14 @@ def train_as_rank(
     die_with_parent(place)
     check_ranks(place.size, lanes=config.train.lanes)
     check_trackers(config.tracking.tools)
+    check_optimizer(config.optimizer)
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
-        data = open_run_data(config)
+        subject = open_subject(config)
         if place.rank == 0:
             _make_folder(run)
             stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
-            _verify(data)
+            subject.verify()
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if device_type == "cpu" and place.started_by == "milepost":
             torch.set_num_threads(1)
@@ -87,7 +94,7 @@ def train_as_rank(
                 layout,
                 config=config,
                 recipe=recipe,
-                data=data,
+                identity=subject.identity,
                 resolve=_resolver(world),
                 may_override=may_override,
             )
@@ -101,7 +108,7 @@ def train_as_rank(
             parts = build(
                 agreement,
                 layout=layout,
-                data=data,
+                subject=subject,
                 opened=opened,
                 world=world,
                 stop_requested=stop.is_requested,
@@ -109,8 +116,8 @@ def train_as_rank(
             )
         stack.callback(parts.batches.close)
         if opened is not None:
-            _introduce(agreement, data)
-            start_segment(parts, opened=opened, config=agreement.config, world=world, layout=layout)
+            say(subject.introduction(agreement.config))
+            start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
             tracking.start(agreement.config.tracking, events=opened.events)
             parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
@@ -121,17 +128,6 @@ def _make_folder(run: Path) -> None:
         raise UsageError(f"{run} is not a folder", hint="choose another name with --run")
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-
-
-def _verify(data: PreparedData) -> None:
-    splits = [data.train] if data.validation is None else [data.train, data.validation]
-    total = sum(split.num_files for split in splits)
-    num_checked = 0
-    with progress(f"checking {data.folder}", total=total) as bar:
-        for split in splits:
-            for name in split.verify():
-                num_checked += 1
-                bar.update(num_checked, note=name)
 
 
 def _resolver(world: World) -> Callable[[Config], Config]:
@@ -146,15 +142,6 @@ def _resolver(world: World) -> Callable[[Config], Config]:
         return config.model_copy(update={"train": resolved})
 
     return resolve
-
-
-def _introduce(agreement: Agreement, data: PreparedData) -> None:
-    config = agreement.config
-    count = count_parameters(config.model).total
-    say(
-        f"{format_count(count)} parameters; {format_count(data.train.num_tokens)} tokens in "
-        f"{data.folder}; {config.last_step} steps of {config.train.global_batch_tokens:,} tokens"
-    )
 
 
 def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None:

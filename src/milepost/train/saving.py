@@ -18,7 +18,7 @@ import torch
 from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.retention import drop_old_train_states
 from milepost.checkpoint.state import Progress, TrainState
-from milepost.checkpoint.store import SavedCheckpoint, save_checkpoint
+from milepost.checkpoint.store import MODEL_FILE, SavedCheckpoint, save_checkpoint
 from milepost.config.schema import CheckpointSection
 from milepost.core.console import say, warn
 from milepost.core.errors import MilepostError, StorageError
@@ -26,7 +26,7 @@ from milepost.core.units import format_bytes
 from milepost.model.llama import Llama
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
-from milepost.train.optimizer import moments_by_name
+from milepost.train.optimizer import moments_by_name, moments_bytes
 
 
 @dataclass
@@ -35,6 +35,7 @@ class CheckpointWriter:
 
     Attributes:
         model_files: the Hugging Face files beside the weights, by name.
+        weights_file: the name of the weights' own.
         good_step: the newest step whose train state is known to be whole, as it was verified at
             the start or written by this process; 0 where there is none. Retention keeps it.
     """
@@ -45,6 +46,7 @@ class CheckpointWriter:
     model_files: dict[str, bytes]
     events: EventWriter
     good_step: int
+    weights_file: str = MODEL_FILE
 
     def write(self, state: TrainState, *, waited_seconds: float) -> None:
         """Writes a checkpoint, records it, then drops what retention says.
@@ -89,6 +91,7 @@ class CheckpointWriter:
             run_id=self.run_id,
             state=state,
             model_files=self.model_files,
+            weights_file=self.weights_file,
             weights_dtype=self.config.weights_dtype,
         )
         self.good_step = saved.step
@@ -113,7 +116,9 @@ class Saver:
 
     Args:
         writer: used by this saver's thread alone.
-        model: whose float32 weights are saved, by parameter name.
+        model: whose weights are trained.
+        weights: what is trained, float32, by the names a checkpoint has for it; None: all of
+            the model, by parameter name.
         optimizer: of the model.
         saved_step: the newest step that needs no saving.
         mark: a file that is there while a save is under way; None: nobody looks for it.
@@ -124,6 +129,7 @@ class Saver:
         writer: CheckpointWriter,
         *,
         model: Llama,
+        weights: dict[str, torch.Tensor] | None = None,
         optimizer: torch.optim.Optimizer,
         saved_step: int,
         mark: Path | None = None,
@@ -133,10 +139,14 @@ class Saver:
         self._model = model
         self._optimizer = optimizer
         self._saved_step = saved_step
-        num_parameters = sum(p.numel() for p in model.parameters())
+        if weights is None:
+            weights = {name: p.detach() for name, p in model.state_dict().items()}
+        self._weights = weights
+        num_bytes = sum(w.nbytes for w in weights.values())
+        num_bytes += moments_bytes(model, optimizer=optimizer)
         device = next(model.parameters()).device
         # Taken before training: where there is no room for it, no time is lost.
-        self._copy = HostCopy(3 * num_parameters, device=device)
+        self._copy = HostCopy(num_bytes, device=device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._writing: Future[None] | None = None
 
@@ -151,9 +161,8 @@ class Saver:
         started = time.monotonic()
         self.finish()
         moments, num_updates = moments_by_name(self._model, optimizer=self._optimizer)
-        weights = {name: p.detach() for name, p in self._model.state_dict().items()}
         state = TrainState(
-            progress=progress, weights=weights, moments=moments, optimizer_step=num_updates
+            progress=progress, weights=self._weights, moments=moments, optimizer_step=num_updates
         )
         copied = self._copy.fill(state)
         waited_seconds = time.monotonic() - started

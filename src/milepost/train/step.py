@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from milepost.config.schema import Config
 from milepost.core.errors import DivergedError
+from milepost.data.batch import Batch
 from milepost.distributed.reduce import gather_in_rank_order
 from milepost.distributed.world import World
 from milepost.train.gradients import LaneGradients
@@ -20,8 +22,18 @@ FIRST_LOSS_SCALE = 65536.0
 SMALLEST_LOSS_SCALE = 1.0
 STEPS_TO_DOUBLE_SCALE = 2000
 
-Objective = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
-"""(input_ids [B, T], targets [B, T], scale) -> (scale x sum of nats, nats [B, T] float32)."""
+
+class Objective(Protocol):
+    """The forward pass of one microbatch and its loss."""
+
+    def __call__(
+        self,
+        inputs_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        scale: float,
+        documents_BT: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale x sum of nats, nats [B, T] float32); see `Batch` for the arguments."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +103,12 @@ class Stepper:
         self.loss_scale = loss_scale
 
     def run_step(
-        self, batch: np.ndarray, *, learning_rate: float, stop_requested: Callable[[], bool]
+        self, batch: Batch, *, learning_rate: float, stop_requested: Callable[[], bool]
     ) -> StepResult:
         """One update with one global batch; every rank must call.
 
         Args:
-            batch: [rows, T + 1] token ids of the whole global batch.
+            batch: the whole global batch, on every rank.
             learning_rate: of this update.
             stop_requested: asked once, after the backward passes.
 
@@ -125,12 +137,10 @@ class Stepper:
         self._update(flat, grad_norm, learning_rate)
         return StepResult(loss_nats, grad_norm, num_repeats, is_stopping)
 
-    def _accumulate(
-        self, batch: np.ndarray, stop_requested: Callable[[], bool]
-    ) -> tuple[float, bool]:
+    def _accumulate(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[float, bool]:
         """Forward and backward over this rank's lanes; mean loss and whether to stop, agreed."""
         world, train = self._world, self._config.train
-        num_rows, num_targets = batch.shape[0], batch.shape[0] * (batch.shape[1] - 1)
+        num_rows, num_targets = batch.num_rows, batch.num_targets
         rows_per_lane = num_rows // train.lanes
         first_row = world.rank * (num_rows // world.size)
         row_nats: list[torch.Tensor] = []
@@ -138,8 +148,13 @@ class Stepper:
             self._gradients.begin_lane()
             lane_start = first_row + lane * rows_per_lane
             for start in range(lane_start, lane_start + rows_per_lane, train.microbatch_rows):
-                inputs, targets = self._to_device(batch[start : start + train.microbatch_rows])
-                loss, nats = self._objective(inputs, targets, self.loss_scale.value / num_targets)
+                rows = slice(start, start + train.microbatch_rows)
+                inputs, targets = self._to_device(batch.inputs, batch.targets, rows=rows)
+                documents = None
+                if batch.documents is not None:
+                    (documents,) = self._to_device(batch.documents, rows=rows)
+                scale = self.loss_scale.value / num_targets
+                loss, nats = self._objective(inputs, targets, scale, documents)
                 loss.backward()
                 row_nats.append(nats.double().sum(dim=1))
             self._gradients.end_lane()
@@ -148,11 +163,11 @@ class Stepper:
         total_nats = sum(gathered[:, :-1].flatten().tolist())
         return total_nats / num_targets, bool(gathered[:, -1].any())
 
-    def _to_device(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.from_numpy(rows.astype(np.int64))
-        if self._world.device.type == "cuda":
-            ids = ids.pin_memory().to(self._world.device, non_blocking=True)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    def _to_device(self, *arrays: np.ndarray, rows: slice) -> list[torch.Tensor]:
+        tensors = [torch.from_numpy(array[rows].astype(np.int64)) for array in arrays]
+        if self._world.device.type != "cuda":
+            return tensors
+        return [t.pin_memory().to(self._world.device, non_blocking=True) for t in tensors]
 
     def _update(self, flat: torch.Tensor, grad_norm: float, learning_rate: float) -> None:
         limit = self._config.optimizer.clip_grad_norm

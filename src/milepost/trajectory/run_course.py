@@ -49,7 +49,9 @@ def course_of(trajectory: Trajectory, *, ratings: RatingSummary | None = None) -
         name=trajectory.name,
         source=f"the run folder {trajectory.layout.name}",
         curves={name: curve for name, curve in curves.items() if len(curve)},
-        flops_per_token=flops_per_token(config.model, sequence_length=config.data.sequence_length),
+        flops_per_token=flops_per_token(
+            config.model, sequence_length=config.data.sequence_length, lora=config.lora
+        ),
         restarts=tuple(sorted(resumes)),
     )
 

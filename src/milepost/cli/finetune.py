@@ -1,0 +1,167 @@
+"""`milepost finetune`: instruction tuning of a model, on the loop of `milepost train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from milepost.cli.train import ChildFailed, launch_ranks
+from milepost.core.errors import StopRequested, UsageError
+
+if TYPE_CHECKING:
+    from milepost.config.schema import Config
+
+DEFAULT_RECIPE = "sft-alpaca"
+
+OPTIONS = ("data", "run", "full", "ranks", "override", "json", "debug")
+"""What `finetune` takes beside overrides, for the hint after a slip of the pen."""
+
+
+def finetune(
+    model: Path,
+    *recipe: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    data: str,
+    run: Path,
+    full: Annotated[bool, Parameter(negative="")] = False,
+    ranks: int | None = None,
+    override: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    words: Annotated[Sequence[str], Parameter(parse=False)],
+) -> None:
+    """Tune a model on conversations, or continue such a run exactly.
+
+    Only answers are trained, and the end-of-text token behind each. Any field of the recipe can
+    be set: `--section.key VALUE`. At the end both models answer the recipe's questions.
+
+    Example: `milepost finetune runs/first --data alpaca.jsonl --run runs/tuned`
+
+    Parameters
+    ----------
+    model
+        A run folder (its latest checkpoint), a checkpoint, or any Hugging Face LLaMA folder.
+    recipe
+        A packaged recipe (sft-alpaca, which is the default) or a .toml file with a [finetune]
+        section; behind it what is set otherwise.
+    data
+        Conversations: .json, .jsonl(.gz, .zst) or .parquet with Alpaca, messages or ShareGPT rows,
+        or hf://datasets/owner/name.
+    run
+        The run folder.
+    full
+        Train all weights, in place of LoRA's additions.
+    ranks
+        Processes: one a GPU, or one a CPU core. Default: as many as the lanes can use.
+    override
+        Take changes of a run's recipe that alter its numbers, and record them.
+    json
+        Print one JSON document at the end.
+    words
+        The command line, for the ranks that this process starts.
+    """
+    from milepost.distributed.place import read_place
+
+    name, overrides = _part(recipe)
+
+    def load() -> Config:
+        return load_config(model, name, overrides, data=data, full=full)
+
+    def load_checked() -> Config:
+        from milepost.posttrain.finetuning import check_finetuning
+
+        config = load()
+        check_finetuning(config)
+        return config
+
+    place = read_place(os.environ)
+    if place is None:
+        launch_ranks(load_checked, words=words, ranks=ranks)
+        return
+    config = load()
+    # Read by cuBLAS when it starts; without it deterministic products are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from milepost.posttrain.compare import compare_answers, show_answers
+    from milepost.posttrain.finetuning import open_finetuning
+    from milepost.train.rank import train_as_rank
+
+    summary = train_as_rank(
+        place,
+        config=config,
+        recipe=name,
+        run=run,
+        may_override=override,
+        open_subject=open_finetuning,
+    )
+    if summary is None or place.rank != 0:
+        return
+    is_stopped = summary["status"] == "stopped"
+    if not is_stopped:
+        answers = compare_answers(run, config=config)
+        summary["answers"] = [asdict(answer) for answer in answers]
+        if not json:
+            show_answers(answers)
+    if json:
+        from milepost.core.console import show_json
+
+        show_json(summary)
+    if is_stopped and place.started_by == "milepost":
+        raise ChildFailed(StopRequested.exit_code)
+
+
+def _part(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The recipe's name, which may be left out, and the overrides."""
+    if words and not words[0].startswith("--"):
+        return words[0], words[1:]
+    return DEFAULT_RECIPE, words
+
+
+def load_config(
+    model: Path, recipe: str, overrides: Sequence[str], *, data: str, full: bool
+) -> Config:
+    """The recipe with the architecture of the model, and where model and data lie.
+
+    Raises:
+        UsageError: the model cannot be tuned, or the recipe is no recipe for it.
+    """
+    from milepost.config.recipe import as_overrides, load_recipe
+    from milepost.inference.load import read_config
+    from milepost.posttrain.finetuning import open_base
+
+    _refuse_contradictions(overrides, full=full)
+    folder = open_base(model).folder
+    made = {"base": str(folder), "data": data if "://" in data else str(Path(data).resolve())}
+    words = [*as_overrides("model", read_config(folder)), *as_overrides("finetune", made)]
+    if full:
+        words += ["--lora.rank", "none"]
+    config = load_recipe(recipe, overrides=[*overrides, *words], options=OPTIONS)
+    if not config.is_finetuning:
+        raise UsageError(
+            f"recipe {recipe} has no finetune.template, it is for milepost train",
+            hint="use sft-alpaca, or add --finetune.template vicuna-1.1",
+        )
+    if config.samples.every_steps is not None:
+        raise UsageError(
+            "samples.every_steps is set, which only milepost train does",
+            hint="finetune.questions are answered at the end; milepost sample asks any checkpoint",
+        )
+    return config
+
+
+def _refuse_contradictions(overrides: Sequence[str], *, full: bool) -> None:
+    sections = [word.removeprefix("--").partition(".")[0] for word in overrides]
+    if "model" in sections:
+        raise UsageError(
+            "the architecture is that of the model that is tuned", hint="leave --model. out"
+        )
+    if full and "lora" in sections:
+        raise UsageError("--full trains without LoRA", hint="leave out --full, or --lora.")
+    for name in ("base", "data"):
+        if any(word.partition("=")[0] == f"--finetune.{name}" for word in overrides):
+            raise UsageError(
+                f"finetune.{name} is named by the command itself",
+                hint="milepost finetune MODEL --data FILE --run DIR",
+            )

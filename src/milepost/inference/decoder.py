@@ -1,0 +1,218 @@
+"""A model as it is decoded with: as it lies, or laid out to be faster at it.
+
+With one new token a row a pass reads every weight once and computes little, so what counts is
+how often torch is called and how much memory is read. The blocks of `FastDecoder` are those of
+`model`, written for one position; `ScreenedHead` reads a part of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from milepost.config.schema import ModelSection
+from milepost.inference.kv_cache import KVCache
+from milepost.inference.sampling import likeliest_tokens
+from milepost.inference.screened_head import ScreenedHead
+from milepost.model.llama import Block, Llama
+
+
+class Decoder(Protocol):
+    """What decoding needs of a model."""
+
+    @property
+    def config(self) -> ModelSection:
+        """The architecture."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def read(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, of prompts."""
+
+    def step(self, ids_B: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states [B, D] after the final norm, of one new token a row."""
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """[B, V] float32 on the CPU, of the tokenizer's ids only."""
+
+    def likeliest(self, hidden_BD: Tensor) -> list[int]:
+        """The id of the largest logit of each row, of equals the first.
+
+        Raises:
+            DivergedError: the logits are not finite.
+        """
+
+
+class PlainDecoder:
+    """A model as it lies, which others may train or change meanwhile."""
+
+    def __init__(self, model: Llama, *, compute_dtype: torch.dtype, vocab_size: int) -> None:
+        self.config = model.config
+        self.compute_dtype = compute_dtype
+        self.device = model.head_weight.device
+        self._model = model
+        self._vocab_size = vocab_size
+
+    def read(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+        """See `Decoder.read`."""
+        return self._model(ids_BT, compute_dtype=self.compute_dtype, cache=cache)
+
+    def step(self, ids_B: Tensor, cache: KVCache) -> Tensor:
+        """See `Decoder.step`."""
+        return self.read(ids_B[:, None], cache)[:, -1]
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return _logits(hidden_BD, self._model.head_weight[: self._vocab_size])
+
+    def likeliest(self, hidden_BD: Tensor) -> list[int]:
+        """See `Decoder.likeliest`."""
+        return likeliest_tokens(self.logits(hidden_BD))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of one block in the compute dtype, norms in float32."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    feed_forward_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class FastDecoder:
+    """Takes a model over for decoding; nothing else may train or change it afterwards.
+
+    Its weights are rounded to the compute dtype and laid out side by side, in place, so that
+    hardly more memory is needed; `model` goes on working and computes what it did in that dtype.
+
+    Attributes:
+        model: as it is used for prompts.
+        config: the architecture.
+        compute_dtype: of the forward pass.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Llama, *, compute_dtype: torch.dtype, vocab_size: int) -> None:
+        """Lays the weights out.
+
+        Args:
+            model: without LoRA's additions, which are merged before.
+            compute_dtype: of the forward pass.
+            vocab_size: of the tokenizer; ids beyond it are never chosen.
+        """
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.to(compute_dtype)
+        self.model = model
+        self.config = model.config
+        self.device = model.head_weight.device
+        self.compute_dtype = compute_dtype
+        self._layers = [_laid_out(block) for block in model.model.layers]
+        self._cos = torch.cat([model.model.cos, model.model.cos], dim=1)
+        # One product with the swapped halves in place of two with each half.
+        self._sin = torch.cat([-model.model.sin, model.model.sin], dim=1)
+        self._head_VD = model.head_weight[:vocab_size]
+        self._screened = ScreenedHead.of(self._head_VD)
+
+    def read(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
+        """See `Decoder.read`."""
+        return self.model(ids_BT, compute_dtype=self.compute_dtype, cache=cache)
+
+    def step(self, ids_B: Tensor, cache: KVCache) -> Tensor:
+        """See `Decoder.step`."""
+        positions_B, mask = cache.begin_step()
+        cos_B1H, sin_B1H = self._cos[positions_B][:, None], self._sin[positions_B][:, None]
+        hidden_BD = self.model.model.embed_tokens.weight[ids_B]
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self._layers):
+            normed_BD = _norm(hidden_BD, layer.attention_norm, eps)
+            attended_BD = self._attend(
+                F.linear(normed_BD, layer.qkv), cos_B1H, sin_B1H, mask, cache, index
+            )
+            hidden_BD = hidden_BD + F.linear(attended_BD, layer.out)
+            normed_BD = _norm(hidden_BD, layer.feed_forward_norm, eps)
+            gate_BF, up_BF = F.linear(normed_BD, layer.gate_up).chunk(2, dim=1)
+            hidden_BD = hidden_BD + F.linear(F.silu(gate_BF) * up_BF, layer.down)
+        cache.finish()
+        return _norm(hidden_BD, self.model.model.norm.weight, eps)
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return _logits(hidden_BD, self._head_VD)
+
+    def likeliest(self, hidden_BD: Tensor) -> list[int]:
+        """See `Decoder.likeliest`."""
+        if self._screened is None:
+            return likeliest_tokens(self.logits(hidden_BD))
+        return self._screened.likeliest(hidden_BD)
+
+    def _attend(
+        self,
+        qkv_BE: Tensor,
+        cos_B1H: Tensor,
+        sin_B1H: Tensor,
+        mask: Tensor | None,
+        cache: KVCache,
+        index: int,
+    ) -> Tensor:
+        """[B, N x H]: each query with the keys up to its own."""
+        num_queries, num_keys = self.config.num_attention_heads, self.config.num_key_value_heads
+        head_dim = self.config.head_dim
+        heads_BEH = qkv_BE.view(len(qkv_BE), -1, head_dim)
+        turned = heads_BEH[:, : num_queries + num_keys].float()
+        turned = turned * cos_B1H + turned.roll(head_dim // 2, dims=2) * sin_B1H
+        turned = turned.to(qkv_BE.dtype)
+        keys_BGSH, values_BGSH = cache.layer(index).extend_step(
+            turned[:, num_queries:], heads_BEH[:, num_queries + num_keys :]
+        )
+        # Queries that share keys stand where positions usually do: nothing is repeated.
+        query = turned[:, :num_queries].unflatten(1, (num_keys, -1))
+        attended = F.scaled_dot_product_attention(query, keys_BGSH, values_BGSH, attn_mask=mask)
+        return attended.flatten(1)
+
+
+def _laid_out(block: Block) -> _Layer:
+    attention, mlp = block.self_attn, block.mlp
+    return _Layer(
+        attention_norm=block.input_layernorm.weight.data,
+        qkv=_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=attention.o_proj.weight.data,
+        feed_forward_norm=block.post_attention_layernorm.weight.data,
+        gate_up=_side_by_side([mlp.gate_proj, mlp.up_proj]),
+        down=mlp.down_proj.weight.data,
+    )
+
+
+def _side_by_side(layers: list[torch.nn.Module]) -> Tensor:
+    """One weight for layers of one input; theirs become parts of it."""
+    parameters = [layer.weight for layer in layers]
+    together = torch.cat([parameter.data for parameter in parameters])
+    parts = together.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return together
+
+
+def _norm(hidden_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As `layers.RMSNorm`, operation by operation, so that the bits are equal."""
+    wide_BD = hidden_BD.float()
+    scale_B1 = wide_BD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide_BD * scale_B1).mul_(weight_D).to(hidden_BD.dtype)
+
+
+def _logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    return F.linear(hidden_BD, weight_VD.to(hidden_BD.dtype)).float().cpu()

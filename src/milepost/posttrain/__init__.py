@@ -1,0 +1,1 @@
+"""After pretraining: instructions, adapters, what changed, and how sensitive a model is."""
