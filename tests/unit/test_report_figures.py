@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milepost.trajectory.benchmark_figures import draw_benchmarks, plots_of
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.figures import Panel, draw_panels
+from milepost.trajectory.figures.benchmark_figures import draw_benchmarks, plots_of
+from milepost.trajectory.figures.panels import Panel, draw_panels
+from milepost.trajectory.figures.scale import scale_of
+from milepost.trajectory.figures.strokes import LABEL_HEIGHT, LOOKS, MAX_COURSES, kept_apart
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import render, shown_metrics
-from milepost.trajectory.scale import scale_of
-from milepost.trajectory.strokes import LABEL_HEIGHT, LOOKS, MAX_COURSES, kept_apart
 from milepost.trajectory.subject import Subject
 from tests.made_runs import make_run
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from milepost.trajectory.power_law import (
+from milepost.trajectory.statistics.power_law import (
     MAX_POINTS,
     MIN_POINTS,
     MIN_POINTS_FOR_INTERVALS,

@@ -11,11 +11,11 @@ from milepost.runs.ratings import read_ratings
 from milepost.trajectory.collect import Trajectory, collect
 from milepost.trajectory.course import Axis, Course
 from milepost.trajectory.example import load_example
+from milepost.trajectory.figures.strokes import MAX_COURSES
 from milepost.trajectory.imports.formats import READERS, import_course
 from milepost.trajectory.published import read_baselines, usual_baselines
 from milepost.trajectory.ratings import RatingSummary, summarize_ratings
 from milepost.trajectory.run_course import course_of
-from milepost.trajectory.strokes import MAX_COURSES
 from milepost.trajectory.subject import Subject
 
 PUBLISHED, NO_BASELINE = "published", "none"

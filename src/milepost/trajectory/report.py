@@ -12,20 +12,20 @@ from typing import Any
 from milepost.core.errors import UsageError
 from milepost.core.files import write_atomically
 from milepost.trajectory import provenance, rows, summary
-from milepost.trajectory.benchmark_figures import draw_benchmarks, plots_of
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course
 from milepost.trajectory.data_files import data_files
-from milepost.trajectory.figures import draw_panels
-from milepost.trajectory.hover import hover_json
-from milepost.trajectory.mark_drawing import band_shades
-from milepost.trajectory.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.figures.benchmark_figures import draw_benchmarks, plots_of
+from milepost.trajectory.figures.hover import hover_json
+from milepost.trajectory.figures.mark_drawing import band_shades
+from milepost.trajectory.figures.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.figures.panel_kinds import PANEL_KINDS
+from milepost.trajectory.figures.panels import draw_panels
+from milepost.trajectory.figures.scale import LABELS, MISSING, Scale, scale_of
+from milepost.trajectory.figures.strokes import LOOKS
 from milepost.trajectory.opening import subject_of_run
-from milepost.trajectory.panel_kinds import PANEL_KINDS
 from milepost.trajectory.published import USUAL
-from milepost.trajectory.scale import LABELS, MISSING, Scale, scale_of
 from milepost.trajectory.sections.all import tell
-from milepost.trajectory.strokes import LOOKS
 from milepost.trajectory.subject import Subject
 from milepost.trajectory.tidy import tidy_table, write_tidy
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from milepost.core.units import format_count
 from milepost.runs.metric_names import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.collect import Trajectory
-from milepost.trajectory.correlation import Coefficient
 from milepost.trajectory.course import Course, Curve
 from milepost.trajectory.jumps import Jump
 from milepost.trajectory.outliers import OddCheckpoint
@@ -34,6 +33,7 @@ from milepost.trajectory.sections.wording import (
     plain,
     value_words,
 )
+from milepost.trajectory.statistics.correlation import Coefficient
 from milepost.trajectory.subject import Subject
 from milepost.trajectory.summary import enumerate_words, plural
 

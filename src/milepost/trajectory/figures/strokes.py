@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.drawing import PLACEHOLDERS
-from milepost.trajectory.lines import Line, line_of
-from milepost.trajectory.scale import Scale
+from milepost.trajectory.figures.drawing import PLACEHOLDERS
+from milepost.trajectory.figures.lines import Line, line_of
+from milepost.trajectory.figures.scale import Scale
 
 MAX_COURSES = 6
 MAX_MARKED_POINTS = 60

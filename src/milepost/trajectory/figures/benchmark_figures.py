@@ -11,14 +11,13 @@ import numpy as np
 from milepost.runs.metric_names import benchmark_metric
 from milepost.trajectory.benchmarks import METRICS, NAMES, Score, Series, main_series
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.drawing import PLACEHOLDERS, Frame, draw_svg, set_scale
-from milepost.trajectory.figures import at, percent_tick
-from milepost.trajectory.hover import Hover, hover_of
-from milepost.trajectory.levels import Level, draw_levels, set_range
-from milepost.trajectory.panel_kinds import percent
-from milepost.trajectory.run_course import TokenCount
-from milepost.trajectory.scale import Scale
-from milepost.trajectory.strokes import (
+from milepost.trajectory.figures.drawing import PLACEHOLDERS, Frame, draw_svg, set_scale
+from milepost.trajectory.figures.hover import Hover, hover_of
+from milepost.trajectory.figures.levels import Level, draw_levels, set_range
+from milepost.trajectory.figures.panel_kinds import percent
+from milepost.trajectory.figures.panels import at, percent_tick
+from milepost.trajectory.figures.scale import Scale
+from milepost.trajectory.figures.strokes import (
     LOOKS,
     ROOM_FOR_LABELS,
     Look,
@@ -27,6 +26,7 @@ from milepost.trajectory.strokes import (
     label_ends,
     stroke_of,
 )
+from milepost.trajectory.run_course import TokenCount
 from milepost.trajectory.subject import Subject
 
 WIDTH, HEIGHT, TOP = 340, 218, 6

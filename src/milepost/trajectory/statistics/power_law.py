@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from milepost.trajectory.bootstrap import SEED, Interval
+from milepost.trajectory.statistics.bootstrap import SEED, Interval
 
 MIN_POINTS = 5
 MIN_POINTS_FOR_INTERVALS = 8
