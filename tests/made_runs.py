@@ -98,6 +98,8 @@ class MadeRun:
             "step_seconds": STEP_SECONDS,
             "mfu_fraction": None,
             "batch_sha256": hashlib.sha256(str(step).encode()).hexdigest(),
+            "loss_scale": 65536.0,
+            "repeats": 0,
         }
 
     def validate(self, step: int) -> None:

@@ -9,10 +9,10 @@ import pytest
 from scipy import optimize, stats
 
 from milepost.core.spikes import robust_z
-from milepost.trajectory import bootstrap
-from milepost.trajectory.correlation import Coefficient, correlate
-from milepost.trajectory.paired import mcnemar
-from milepost.trajectory.power_law import PowerLaw, fit_power_law
+from milepost.trajectory.statistics import bootstrap
+from milepost.trajectory.statistics.correlation import Coefficient, correlate
+from milepost.trajectory.statistics.paired import mcnemar
+from milepost.trajectory.statistics.power_law import PowerLaw, fit_power_law
 
 RTOL = 1e-9
 """Both work in float64; sums in another order move the last three or four digits at most."""

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from milepost.runs.ratings import CRITERIA, RaterKind
-from milepost.trajectory.agreement import AVERAGE, COLUMNS, Rater, agreement_rows, bias_rows
-from milepost.trajectory.alpha import Alpha, Metric, krippendorff_alpha
+from milepost.trajectory.statistics.agreement import (
+    AVERAGE,
+    COLUMNS,
+    Rater,
+    agreement_rows,
+    bias_rows,
+)
+from milepost.trajectory.statistics.alpha import Alpha, Metric, krippendorff_alpha
 
 NONE = np.nan
 

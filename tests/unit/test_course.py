@@ -163,6 +163,18 @@ def test_an_unknown_example_names_those_there_are() -> None:
     assert caught.value.hint == "did you mean paper? examples are paper"
 
 
+@pytest.mark.parametrize("count", [-1, 1.7e308])
+def test_a_number_that_is_no_count_of_tokens_is_passed_over(tmp_path: Path, count: float) -> None:
+    made = make_run(tmp_path / "run")
+    made.start()
+    made.append("step", **made.step_fields(1))
+    made.append("step", **(made.step_fields(2) | {"tokens_seen": count}))
+    run = collect(made.layout.root)
+    tokens = course_of(run).curves["train/loss"].tokens
+    per_step = run.manifest.config.train.global_batch_tokens
+    assert tokens.tolist() == [BATCH_TOKENS, BATCH_TOKENS + per_step]
+
+
 def test_published_baselines_are_levels_of_one_point_by_tokens() -> None:
     baselines = published_baselines()
     assert len(baselines) == 8
@@ -191,13 +203,28 @@ def test_the_baseline_file_that_the_guide_shows_is_read(tmp_path: Path) -> None:
         ('[[models]]\nname = "A"', "without a source"),
         ('[[models]]\nname = "A"\nsource = "s"\ncolumns = ["step"]', 'must be "tokens"'),
         (
-            '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "val/loss"]\nrows = [[1]]',
+            '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "eval/piqa/acc"]\n'
+            "rows = [[1]]",
             "row 1 does not have 2 numbers",
         ),
         (
             '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "eval/piqa/acc"]\n'
             "rows = [[1, 60.5]]",
             "scores are fractions",
+        ),
+        (
+            '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "eval/piqa/acc"]\n'
+            "rows = [[1, -0.6]]",
+            "scores are fractions",
+        ),
+        (
+            '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "piqa"]\nrows = [[1, 0.6]]',
+            "'piqa' is no accuracy of a benchmark",
+        ),
+        (
+            '[[models]]\nname = "A"\nsource = "s"\ncolumns = ["tokens", "eval/piqa/acc"]\n'
+            "rows = [[1, 0.6]]\nnotes = 5",
+            "notes must be a list of texts",
         ),
     ],
 )
@@ -241,6 +268,15 @@ def test_several_courses_are_more_rows_of_one_table() -> None:
     assert [row["flops"] for row in rows] == [None, None, 600.0, None]
     assert rows[3]["tokens_seen"] == 2_000_000_000_000
     assert rows[3]["eval/boolq/acc"] == 0.6321
+
+
+def test_metrics_that_are_called_as_other_columns_do_not_take_their_place() -> None:
+    first = Course("first", "a file", {"run": _curve([10], [3.0]), "x_stderr": _curve([10], [4.0])})
+    with_error = Curve(*[np.array([value]) for value in (10.0, 100.0, 5.0, 0.5)])
+    rows = tidy_table([first, Course("second", "a file", {"x": with_error})]).to_pylist()
+    assert [(row["run"], row["run (metric)"]) for row in rows] == [("first", 3.0), ("second", None)]
+    assert [row["x_stderr"] for row in rows] == [4.0, None]
+    assert [row["x_stderr (metric)"] for row in rows] == [None, 0.5]
 
 
 def test_csv_and_parquet_hold_the_table_to_the_last_bit_with_the_same_bytes(

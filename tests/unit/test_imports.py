@@ -86,6 +86,25 @@ def test_tokens_come_from_a_column_else_from_tokens_per_step_else_are_unknown(
     assert given.tolist() == [1000, 1500, 2000, 2070]
 
 
+@pytest.mark.parametrize(
+    ("counts", "where"),
+    [
+        ((1000, 2000, 500), "500 at step 3 after 2,000"),
+        ((-5, 0, 5), "-5 at step 1 after 0"),
+        ((1, 2, 1e300), "1e+300 at step 3 after 2"),
+    ],
+)
+def test_counts_of_tokens_that_fall_are_left_out_and_said(
+    tmp_path: Path, counts: tuple[float, ...], where: str
+) -> None:
+    rows = [f"{step},{count},3" for step, count in enumerate(counts, start=1)]
+    course = import_course("csv", _csv(tmp_path, "\n".join(["step,tokens,x", *rows])))
+    assert np.isnan(course.curves["x"].tokens).all()
+    assert course.notes == (
+        f"Its counts of tokens are left out, since they do not only grow: {where}.",
+    )
+
+
 def test_percent_of_a_known_benchmark_becomes_fractions_and_is_said(tmp_path: Path) -> None:
     path = _csv(tmp_path, "step,hellaswag_acc_norm,hellaswag_acc_norm_stderr,mfu\n1,31.9,0.5,40\n")
     course = import_course("csv", path)
@@ -271,6 +290,11 @@ def test_a_folder_of_several_trajectories_names_them_and_one_can_be_given(tmp_pa
     wanted = f"{tmp_path}/zero/a_step*.json"
     assert wanted in caught.value.message
     assert len(import_course("lm-eval", Path(wanted)).curves["eval/hellaswag/acc"]) == 2
+
+
+def test_a_path_that_is_no_pattern_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is no pattern: .*'\*\*'"):
+        import_course("lm-eval", tmp_path / "a**b" / "*.json")
 
 
 def test_the_parts_of_one_benchmark_do_not_bury_the_others(tmp_path: Path) -> None:

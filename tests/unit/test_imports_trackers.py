@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,18 @@ def test_a_damaged_wandb_file_is_read_around_the_damage_and_it_is_said(
     torn = tmp_path / "run-abc.wandb"
     torn.write_bytes(min(offline.rglob("*.wandb")).read_bytes()[:-5000])
     course = import_course("wandb", torn)
+    assert course.curves["train/loss"].steps.tolist()[:3] == [1, 2, 3]
+    assert course.notes[0] == "1 part of the run's files that cannot be read is left out."
+
+
+def test_a_part_of_a_wandb_file_that_is_whole_and_no_record_is_left_out(
+    offline: Path, tmp_path: Path
+) -> None:
+    content = min(offline.rglob("*.wandb")).read_bytes()[:BLOCK_BYTES]
+    foreign = struct.pack("<IHB", zlib.crc32(b"\x01\xff\xff"), 2, 1) + b"\xff\xff"
+    file = tmp_path / "run-abc.wandb"
+    file.write_bytes(content + foreign)
+    course = import_course("wandb", file)
     assert course.curves["train/loss"].steps.tolist()[:3] == [1, 2, 3]
     assert course.notes[0] == "1 part of the run's files that cannot be read is left out."
 

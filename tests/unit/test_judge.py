@@ -96,6 +96,11 @@ def test_a_text_that_is_no_unicode_can_be_sent() -> None:
     assert "a\ufffdb \U0001f600" in material["content"]
 
 
+def test_a_reply_that_is_no_unicode_can_be_sent_back() -> None:
+    again = corrected([], reply="a\ud800", problem="it holds no JSON object", order=CRITERIA)
+    assert again[0] == {"role": "assistant", "content": "a\ufffd"}
+
+
 def test_criteria_are_asked_in_an_order_of_their_own_for_every_presentation() -> None:
     orders = {
         order_of_criteria(shown(f"s{n}", repeat=repeat), model="m1")

@@ -30,6 +30,9 @@ def judge(layout: RunLayout, *words: str) -> int:
     [
         ([], 2, "no server is given"),
         (["--base-url", "localhost:8000"], 2, "'localhost:8000' is no address"),
+        (["--base-url", "http://[::1"], 2, "'http://[::1' is no address"),
+        (["--base-url", "http://a:99999/v1"], 2, "'http://a:99999/v1' is no address"),
+        (["--base-url", "http://a b/v1"], 2, "'http://a b/v1' is no address"),
         (["--base-url", "http://h/v1/chat/completions"], 2, "path of a single request"),
         (["--base-url", "https://api.openai.com/v1"], 2, "OPENAI_API_KEY is not set"),
         (["--base-url", "http://h/v1", "--api-key-env", "MY_KEY"], 2, "MY_KEY is not set"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from milepost.distributed.launch import Phrases, _exit_code, _wait_for_all, laun
 from milepost.distributed.meeting_place import PREFIX, meeting_place
 from milepost.distributed.place import Place
 from milepost.distributed.stop_requests import STOP_SIGNALS, StopRequests, held_back_stops
-from milepost.experiments.segment_process import SegmentFailed, _NewSteps, run_segment
+from milepost.experiments.segment_process import SegmentFailed, run_segment
 
 
 @pytest.mark.parametrize(
@@ -277,23 +276,6 @@ def test_a_commit_is_named_only_of_milepost_s_own_checkout(
         assert code_version() == f"{clean}-dirty"
     else:
         assert clean == code_version() == milepost.__version__
-
-
-def test_steps_are_read_once_and_only_when_their_line_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-
-    def append(text: str) -> None:
-        with path.open("a") as file:
-            file.write(text)
-
-    assert _NewSteps(path).read() == []
-    append('{"kind": "step", "step": 1}\n{"kind": "st')
-    steps = _NewSteps(path)
-    append('\n{"kind": "step", "step": 2}\n{"kind": "validation"}\n[1]\nnot json\n{"kind": "step",')
-    assert [event["step"] for event in steps.read()] == [2]
-    assert steps.read() == []
-    append(json.dumps({"step": 3})[1:] + "\n")
-    assert [event["step"] for event in steps.read()] == [3]
 
 
 def test_a_failed_segment_carries_the_trainings_exit_code(tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milepost.trajectory.benchmark_figures import draw_benchmarks, plots_of
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.figures import Panel, draw_panels
+from milepost.trajectory.figures.benchmark_figures import draw_benchmarks, plots_of
+from milepost.trajectory.figures.panels import Panel, draw_panels
+from milepost.trajectory.figures.scale import scale_of
+from milepost.trajectory.figures.strokes import LABEL_HEIGHT, LOOKS, MAX_COURSES, kept_apart
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import render, shown_metrics
-from milepost.trajectory.scale import scale_of
-from milepost.trajectory.strokes import LABEL_HEIGHT, LOOKS, MAX_COURSES, kept_apart
 from milepost.trajectory.subject import Subject
 from tests.made_runs import make_run
 
@@ -68,6 +68,11 @@ def test_labels_at_line_ends_keep_apart_within_the_axes(heights: list[float]) ->
     placed = sorted(kept_apart(heights))
     assert min(placed) >= 0 and max(placed) <= 1
     assert all(b - a >= LABEL_HEIGHT - 1e-9 for a, b in itertools.pairwise(placed))
+
+
+def test_values_at_the_ends_of_what_a_number_can_hold_are_drawn() -> None:
+    drawn = panels(subject_of(course("huge", val__loss=curve(-1.7e308, 1.0, 1.7e308))))
+    assert drawn["A"].svg is not None and "inf" not in drawn["A"].svg
 
 
 def test_labels_keep_the_order_of_their_lines() -> None:
@@ -162,4 +167,4 @@ def test_names_with_markup_and_formulas_stay_text() -> None:
 def test_panels_without_values_are_named_not_drawn_where_there_is_no_run() -> None:
     page = render(subject_of(course("own", val__loss=curve(3, 2))))
     assert page.count("<figure") == 1
-    assert "Not given by the source: hellaswag, training loss, tokens per second" in page
+    assert "Not given by the source: HellaSwag, training loss, tokens per second" in page

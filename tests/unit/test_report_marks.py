@@ -10,15 +10,15 @@ import pytest
 
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.marks import (
+from milepost.trajectory.figures.marks import (
     Span,
     marks_in_words,
     marks_of,
     spans_in_words,
     spans_of,
 )
+from milepost.trajectory.figures.scale import StepPlaces, scale_of
 from milepost.trajectory.opening import subject_of_run
-from milepost.trajectory.scale import StepPlaces, scale_of
 from milepost.trajectory.subject import Subject
 from tests.made_runs import MadeRun, make_run
 

@@ -139,6 +139,34 @@ def test_nothing_named_is_refused() -> None:
     assert error.hint == "name a run folder, --example paper, or --import FORMAT:PATH"
 
 
+def test_a_run_without_values_and_metrics_without_a_figure_are_said_to_be_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "new").layout
+    other = tmp_path / "other.csv"
+    other.write_text("step,mine\n1,2\n")
+    report(run.root, imports=[f"csv:{other}"])
+    said = capsys.readouterr().err
+    assert "new is not in the figures: nothing of it is measured yet\n" in said
+    assert "other is not in the figures: none of its metrics has a figure\n" in said
+
+
+def test_what_cannot_be_read_of_a_run_that_is_laid_over_another_is_said(tmp_path: Path) -> None:
+    first, second = (small_run(tmp_path / name) for name in ("first", "second"))
+    with second.layout.events.open("a") as log:
+        log.write("torn\n[1]\n")
+    report(first.layout.root, second.layout.root)
+    said = "2 lines of events.jsonl could not be read and were skipped."
+    assert said in read_page(first.layout.report).words
+
+
+def test_names_that_are_numbered_stay_different(tmp_path: Path) -> None:
+    runs = [small_run(tmp_path / str(n), name=name) for n, name in enumerate(["a", "a", "a (2)"])]
+    report(*[run.layout.root for run in runs])
+    with runs[0].layout.report.with_name("trajectory.csv").open(newline="") as found:
+        assert {row["run"] for row in csv.DictReader(found)} == {"a", "a (3)", "a (2)"}
+
+
 def test_what_is_named_twice_is_refused(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run").layout.root
     assert "is named twice" in refused(run, tmp_path / "." / "run").message
@@ -164,7 +192,9 @@ def test_import_without_format_or_path_is_refused(spec: str) -> None:
 def test_tokens_per_step_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run").layout.root
     assert "without an --import" in refused(run, tokens_per_step=10).message
-    assert "not 1 or more" in refused(imports=["csv:x"], tokens_per_step=0).message
+    for number in (0, 10**400):
+        error = refused(imports=["csv:x"], tokens_per_step=number)
+        assert f"is {number}, not 1 to 1,000,000,000,000" in error.message
 
 
 def test_baseline_that_is_no_file_is_refused(tmp_path: Path) -> None:

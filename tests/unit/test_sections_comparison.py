@@ -40,6 +40,25 @@ def test_courses_are_set_side_by_side_at_the_tokens_all_have_reached() -> None:
     )
 
 
+def test_a_course_that_ends_before_the_others_begin_does_not_hide_what_they_share() -> None:
+    names = ("own", "early", "late")
+    steps = ([1, 2], [1000, 2000], [1500, 3000])
+    courses = [
+        Course(name, "a test", {"eval/piqa/acc": curve(at, [0.5, 0.7])})
+        for name, at in zip(names, steps, strict=True)
+    ]
+    content = tell(subject_of(*courses)).sections[0].content
+    assert content.table.rows == (("PIQA (acc, %)", "2 M", "–", "70.0", "56.7"),)
+    assert not any(note.startswith("At no count") for note in content.notes)
+
+
+def test_the_main_course_is_among_those_compared_where_it_can_be() -> None:
+    steps = ([0, 100], [50, 1000], [500, 2000])
+    courses = [Course(str(at), "a test", {"val/loss": curve(at, [4.0, 3.0])}) for at in steps]
+    [compared] = compared_metrics(subject_of(*courses))
+    assert compared.tokens == 100_000 and compared.values[0] == 3.0
+
+
 def test_course_without_tokens_is_named_and_not_compared() -> None:
     steps = np.array([1.0, 2.0])
     nothing = np.full(2, np.nan)

@@ -9,7 +9,6 @@ import jinja2
 import pytest
 
 from milepost.runs.ratings import CRITERIA
-from milepost.trajectory.correlation import Interval
 from milepost.trajectory.course import Course
 from milepost.trajectory.example import load_example
 from milepost.trajectory.ratings import RatingSummary, RubricScores
@@ -17,6 +16,7 @@ from milepost.trajectory.samples import sample_groups
 from milepost.trajectory.sections.all import tell
 from milepost.trajectory.sections.completions import Completions
 from milepost.trajectory.sections.text_table import Column, TextTable
+from milepost.trajectory.statistics.correlation import Interval
 from milepost.trajectory.subject import Section, Subject
 from tests.made_courses import curve
 

@@ -30,10 +30,11 @@ def jump(step: int = 512, *, metric: str = "train/loss", back: int | None = 12) 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    made = make_run(tmp_path_factory.mktemp("run") / "calm", total_steps=20)
+    made = make_run(tmp_path_factory.mktemp("run") / "calm", total_steps=30)
     made.start()
-    made.train(1, 20)
-    made.evaluate(20, "piqa", acc=0.5)
+    made.train(1, 30)
+    for step in range(24, 31):
+        made.evaluate(step, "piqa", acc=0.5)
     return collect(made.layout.root)
 
 
@@ -71,6 +72,20 @@ def test_calm_run_says_that_nothing_stands_out(run: Trajectory) -> None:
     assert "No jump of loss or gradient norm" in section.content.jumps_note
     assert "No checkpoint's scores" in section.content.checkpoints_note
     assert jump_sentences(run, jumps=[], odd=[]) == ["No jump of loss or gradient norm stands out."]
+
+
+def test_too_few_steps_and_scores_to_judge_are_said_to_be_too_few(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "short", total_steps=20)
+    made.start()
+    made.train(1, 20)
+    for step in range(15, 21):
+        made.evaluate(step, "piqa", acc=0.5)
+    short = collect(made.layout.root)
+    section = spikes_section(short, jumps=[], odd=[])
+    assert section is not None
+    assert section.content.jumps_note.startswith("There are too few steps to look for jumps: 20")
+    assert section.content.checkpoints_note.endswith("it takes 7 of a benchmark.")
+    assert jump_sentences(short, jumps=[], odd=[]) == []
 
 
 def test_odd_checkpoint_is_named_with_its_benchmarks(run: Trajectory) -> None:

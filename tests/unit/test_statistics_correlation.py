@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost.trajectory import bootstrap
-from milepost.trajectory.correlation import (
+from milepost.trajectory.statistics import bootstrap
+from milepost.trajectory.statistics.correlation import (
     Coefficient,
     Correlation,
     Interval,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,35 @@ def test_the_largest_comes_first_and_the_loss_before_its_norm(tmp_path: Path) ->
 def test_foreign_fields_of_a_segment_are_no_error(tmp_path: Path) -> None:
     found = jumps(run_with(tmp_path, {505: 1.0}, changed=7, ranks="two", device=None, restored=3))
     assert of_metric(found, TRAIN_LOSS).cause == "5 steps after the resume at 500"
+
+
+def fall(made: MadeRun, first: int, last: int, *, up: float = 0.0, seed: int = 0) -> None:
+    """Steps of a run that still learns fast, as after a warm-up."""
+    for step in range(first, last + 1):
+        noise = random.Random(f"{seed}/{step}").gauss(0, 0.05)
+        loss = 3.0 + 7.0 * math.exp(-step / 120) + noise + up * math.exp(-(step - first) / 10)
+        made.append("step", step=step, data_step=step - 1, loss_nats=loss, grad_norm=1.0)
+
+
+def test_a_shift_over_a_resume_is_found_while_the_loss_falls_fast(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    made.start()
+    fall(made, 1, 150)
+    made.start(restored_step=150, restored="weights")
+    fall(made, 151, 300, up=1.5)
+    jump = of_metric(jumps(made), TRAIN_LOSS)
+    assert jump.step == 151 and 0.5 < jump.height < 1.5
+    assert jump.cause == "1 step after the resume at 150 that restored weights only"
+    assert jump.steps_to_recovery is not None and 5 <= jump.steps_to_recovery <= 40
+
+
+def test_exact_resumes_of_falling_losses_are_not_called_shifts(tmp_path: Path) -> None:
+    num_found = 0
+    for seed in range(40):
+        made = make_run(tmp_path / str(seed))
+        made.start()
+        fall(made, 1, 150, seed=seed)
+        made.start(restored_step=150)
+        fall(made, 151, 200, seed=seed)
+        num_found += sum(jump.metric == TRAIN_LOSS for jump in jumps(made))
+    assert num_found <= 1

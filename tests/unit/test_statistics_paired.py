@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milepost.trajectory.correlation import Interval
-from milepost.trajectory.paired import PairedTest, mcnemar, paired_test
+from milepost.trajectory.statistics.correlation import Interval
+from milepost.trajectory.statistics.paired import PairedTest, mcnemar, paired_test
 
 
 def items(answers: str, *, metric_field: str = "chosen") -> list[dict[str, Any]]:

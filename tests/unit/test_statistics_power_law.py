@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from milepost.trajectory.power_law import (
+from milepost.trajectory.statistics.power_law import (
     MAX_POINTS,
     MIN_POINTS,
     MIN_POINTS_FOR_INTERVALS,
@@ -127,7 +127,7 @@ TOKENS = tokens_of(20)
     ("tokens", "losses", "why"),
     [
         (TOKENS[:0], TOKENS[:0], "there are 0 points to fit, and 5 are needed"),
-        (TOKENS[:1], law(TOKENS[:1]), "there are 1 point to fit"),
+        (TOKENS[:1], law(TOKENS[:1]), "there is 1 point to fit"),
         (TOKENS[: MIN_POINTS - 1], law(TOKENS[: MIN_POINTS - 1]), "there are 4 points to fit"),
         (np.r_[0.0, TOKENS[:4]], np.ones(5), "there are 4 points to fit"),
         (tokens_of(20, span=3.9), law(tokens_of(20)), "grow by a factor of 3.9 only"),

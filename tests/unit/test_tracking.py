@@ -7,15 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from milepost.config.recipe import config_from_toml, is_harmless
 from milepost.core.errors import UsageError
-from milepost.runs.events import Event, EventWriter
-from milepost.runs.following import NewEvents
+from milepost.runs.events import Event
 from milepost.train.tracked_events import TrackedEvents, metrics_of
 from milepost.train.trackers import check_trackers
 from milepost.train.tracking import _environment
@@ -145,6 +143,11 @@ def test_a_score_that_is_made_up_for_is_sent_though_later_steps_were() -> None:
     assert tracker.rows[-1] == (2, 1, {"eval/piqa/acc": 0.5})
 
 
+@pytest.mark.parametrize("line", [{}, {"kind": "step"}, {"kind": "step", "loss_nats": 2.0}])
+def test_a_foreign_line_of_the_history_is_passed_over(line: Event) -> None:
+    assert told([step(1, 3.0), line, step(2, 2.5)], Notebook()).losses == [(1, 3.0), (2, 2.5)]
+
+
 def test_two_benchmarks_of_one_step_are_two_rows() -> None:
     scores = [
         event("evaluation", step=1, benchmark=name, metrics={"acc": {"value": 0.5}})
@@ -169,22 +172,6 @@ def test_the_next_segment_goes_on_where_the_last_one_ended() -> None:
     for each in REPLAYED[3:]:
         tracked.tell(each)
     assert tracker.rows == [(2, 3, {"train/loss": 1.0})]
-
-
-def test_a_history_is_followed_line_by_line(tmp_path: Path) -> None:
-    log = tmp_path / "events.jsonl"
-    new = NewEvents(log)
-    assert new.read() == []
-    EventWriter(log, segment=1).append("step", step=1)
-    whole = log.read_bytes()
-    with log.open("ab") as file:
-        file.write(b'not json\n{"kind":"st')
-    assert [(end, e["step"]) for end, e in new.read()] == [(len(whole), 1)]
-    with log.open("ab") as file:
-        file.write(b'ep","step":2}\n')
-    assert [(end, e["step"]) for end, e in new.read()] == [(log.stat().st_size, 2)]
-    assert new.read() == []
-    assert [e["step"] for _, e in NewEvents(log, start_byte=len(whole)).read()] == [2]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import pytest
 
 from milepost.core.errors import UsageError
 from milepost.trajectory.collect import collect
-from milepost.trajectory.drawing import tick_text
-from milepost.trajectory.figures import Panel, draw_panels
-from milepost.trajectory.lines import MAX_RAW_POINTS, line_of
+from milepost.trajectory.figures.drawing import tick_text
+from milepost.trajectory.figures.lines import MAX_RAW_POINTS, line_of
+from milepost.trajectory.figures.panels import Panel, draw_panels
+from milepost.trajectory.figures.scale import scale_of
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import shown_metrics
 from milepost.trajectory.samples import MAX_STEPS_SHOWN, evenly_spread, sample_groups
-from milepost.trajectory.scale import scale_of
 from milepost.trajectory.summary import enumerate_words, numbers, paragraphs
 from tests.made_runs import MadeRun, make_killed_and_resumed_run, make_run
 

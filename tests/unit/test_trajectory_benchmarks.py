@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from milepost.runs.evaluations import EvaluationStore
-from milepost.trajectory.benchmark_figures import MAX_PANELS, draw_benchmarks, plots_of
 from milepost.trajectory.benchmarks import main_series, series_of
 from milepost.trajectory.collect import collect
+from milepost.trajectory.figures.benchmark_figures import MAX_PANELS, draw_benchmarks, plots_of
+from milepost.trajectory.figures.scale import scale_of
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import shown_metrics, write_report
-from milepost.trajectory.scale import scale_of
 from milepost.trajectory.summary import numbers, paragraphs
 from tests.made_runs import MadeRun, make_run
 from tests.unit.test_trajectory_report import read_page

@@ -171,7 +171,7 @@ def test_linked_files_lie_beside_the_page(run: Path, page: Page) -> None:
         ("training_loss", "step", ("loss_nats", "tokens_seen", "data_step")),
         ("tokens_per_second", "step", ("tokens_per_second", "step_seconds", "mfu_fraction")),
         ("learning_rate", "step", ("learning_rate",)),
-        ("gradient_norm", "step", ("grad_norm", "scale")),
+        ("gradient_norm", "step", ("grad_norm", "loss_scale")),
         ("validation_loss", "validation", ("loss_nats", "bits_per_byte", "tokens", "seconds")),
     ],
 )

@@ -200,7 +200,7 @@ def _server(options: Options) -> ChatServer | None:
             "no server is given",
             hint="--base-url URL asks one, --replay FILE reads recorded replies",
         )
-    if not base_url.startswith(("http://", "https://")):
+    if not _is_address(base_url):
         raise UsageError(
             f"--base-url {base_url!r} is no address", hint="such as http://localhost:8000/v1"
         )
@@ -216,6 +216,19 @@ def _server(options: Options) -> ChatServer | None:
         max_reply_tokens=options.max_reply_tokens,
         now=utc_now,
     )
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is an address as the client takes it."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(text)
+        has_place = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    is_plain = text.isprintable() and " " not in text
+    return has_place and is_plain and text.startswith(("http://", "https://"))
 
 
 def _api_key(base_url: str, *, name: str | None) -> str:

@@ -14,6 +14,7 @@ from milepost.runs.layout import RunLayout
 from milepost.runs.ratings import RUBRIC, read_ratings
 from milepost.runs.records import read_samples
 from milepost.trajectory.ratings import RatingSummary, summarize_ratings
+from milepost.trajectory.summary import plural
 
 MOST_SHOWN = 10
 
@@ -39,7 +40,7 @@ def show_scores(layout: RunLayout, *, model: str) -> None:
         if pair.kind == "self" and pair.criterion == "average" and pair.num_samples:
             alpha = pair.absence if pair.alpha is None else f"Krippendorff's alpha {pair.alpha:.2f}"
             console.show(
-                f"asked twice about {pair.num_samples} samples, its averages differ by"
+                f"asked twice about {plural(pair.num_samples, 'sample')}, its averages differ by"
                 f" {pair.mean_difference:.2f} points; {alpha}"
             )
 

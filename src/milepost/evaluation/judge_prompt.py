@@ -79,7 +79,7 @@ def corrected(
     correction = _CORRECTION.format(problem=problem) + _form(order)
     return [
         *messages,
-        {"role": "assistant", "content": reply},
+        {"role": "assistant", "content": _as_unicode(reply)},
         {"role": "user", "content": correction},
     ]
 

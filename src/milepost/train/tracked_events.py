@@ -18,6 +18,8 @@ def metrics_of(event: Event) -> dict[str, float]:
     """
     kind = event.get("kind")
     named: dict[str, Any] = {}
+    if not _is_number(event.get("step")):
+        return {}  # of another kind, or a foreign line
     if kind == "step":
         named = {name: event.get(field) for field, name in STEP_METRICS.items()}
     elif kind == "validation":
@@ -57,7 +59,7 @@ class TrackedEvents:
     def remember(self, event: Event) -> None:
         """Takes note of an event that the tracker was told of in an earlier segment."""
         if _departs(event):
-            restored = event["restored_step"] or 0
+            restored = event.get("restored_step") or 0
             self._told = {key for key in self._told if key[0] <= restored}
         if metrics_of(event):
             self._told.add(_key(event))
@@ -65,12 +67,11 @@ class TrackedEvents:
     def tell(self, event: Event) -> None:
         """Tells the tracker of an event, if it is one for it."""
         if _departs(event) and self._tracker.can_rewind:
-            self._tracker.rewind((event["restored_step"] or 0) + 1)
+            self._tracker.rewind((event.get("restored_step") or 0) + 1)
         metrics = metrics_of(event)
         is_new = bool(metrics) and _key(event) not in self._told
         self.remember(event)
-        is_left_out = event["kind"] == "step" and event["step"] % self._every_steps
-        if not is_new or is_left_out:
+        if not is_new or (event["kind"] == "step" and event["step"] % self._every_steps):
             return
         measured = datetime.datetime.fromisoformat(event["time"])
         self._tracker.log(
@@ -81,7 +82,7 @@ class TrackedEvents:
 
 def _departs(event: Event) -> bool:
     """Whether a segment may come to other numbers than the one before it."""
-    return event["kind"] == "segment_started" and event["exactness"] != "exact"
+    return event.get("kind") == "segment_started" and event.get("exactness") != "exact"
 
 
 def _key(event: Event) -> tuple[int, str, str | None]:

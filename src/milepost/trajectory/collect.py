@@ -33,7 +33,7 @@ STEP_FIELDS = (
     "tokens_per_second",
     "step_seconds",
     "mfu_fraction",
-    "scale",
+    "loss_scale",
 )
 VALIDATION_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "seconds")
 HELLASWAG_FIELDS = ("acc_norm", "acc_norm_stderr")
@@ -143,13 +143,6 @@ class Trajectory:
     def last_step(self) -> int:
         """The highest step in the history; 0 before the first."""
         return max([*self.steps.steps[-1:], *self.validation.steps[-1:]], default=0)
-
-    @property
-    def first_and_last_step(self) -> tuple[int, int]:
-        """The lowest and the highest step that has any value; the curves share one axis."""
-        steps = [step for table in (self.steps, self.validation) for step in table.steps]
-        steps += [e.step for series in self.benchmarks for e in series.evaluations]
-        return min(steps, default=0), max(steps, default=0)
 
     @property
     def missing_steps(self) -> list[tuple[int, int]]:

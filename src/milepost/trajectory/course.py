@@ -12,6 +12,9 @@ import numpy as np
 
 Axis = Literal["steps", "tokens", "flops"]
 
+MAX_TOKENS = 2.0**62
+"""A larger number is no count of tokens; an axis of such numbers cannot be drawn."""
+
 
 @dataclass(frozen=True)
 class Curve:

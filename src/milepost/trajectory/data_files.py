@@ -9,7 +9,7 @@ from typing import Any
 
 from milepost.trajectory.benchmarks import Evaluation, Setting
 from milepost.trajectory.collect import Table, Trajectory
-from milepost.trajectory.panel_kinds import PANEL_KINDS
+from milepost.trajectory.figures.panel_kinds import PANEL_KINDS
 from milepost.trajectory.segments import Segment
 
 BENCHMARK_COLUMNS = (

@@ -9,10 +9,11 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from milepost.config.recipe import is_harmless
-from milepost.core.spikes import RELATIVE_FLOOR, find_spikes, robust_z
-from milepost.runs.metric_names import GRAD_NORM, STEP_METRICS, VAL_LOSS
+from milepost.core.spikes import MIN_HISTORY, RELATIVE_FLOOR, find_spikes, robust_z
+from milepost.runs.metric_names import GRAD_NORM, STEP_METRICS, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.fields import text
 from milepost.trajectory.segments import Segment
@@ -35,6 +36,11 @@ MIN_SHIFT_HISTORY = 5
 SHIFT_WINDOW = 20
 """Changes from one validation to the next that the one over a resume is held against."""
 
+BLOCK_STEPS = 10
+MIN_BLOCK_HISTORY = 8
+"""Training losses around a resume are taken as medians of blocks; so many changes from block to
+block have to be known before it."""
+
 MAX_FIELDS_NAMED = 3
 
 _RESTORED = {"full": "everything", "weights": "weights only", "nothing": "nothing"}
@@ -47,12 +53,13 @@ class Jump:
     Attributes:
         metric: name of `runs.metric_names`.
         step: where it began; for a validation loss the first validation after the resume.
-        height: of its highest value over the level before, in the metric's unit.
+        height: of its highest value over the level before, in the metric's unit; of a shift of the
+            training loss over a resume that of the median of the steps after it.
         z: the same in robust standard deviations.
         steps_to_recovery: steps until the metric was back; None where it never was.
         segment: that logged it.
         cause: what happened near, in words.
-        data_step: of the batch of the step where it began; None for a validation loss.
+        data_step: of the batch of the step where it began; None for a shift over a resume.
         batch_sha256: of that batch.
     """
 
@@ -80,13 +87,22 @@ class Resume:
     words: str
 
 
+def has_enough_steps(trajectory: Trajectory) -> bool:
+    """Whether there are steps that can be judged by those before them."""
+    return any(len(trajectory.steps.points(field)) > MIN_HISTORY for field in THRESHOLDS)
+
+
 def jumps_of(trajectory: Trajectory) -> list[Jump]:
     """The jumps of a run, the largest first by their robust z.
 
     Jumps that begin at the same place stay together, those of a loss before those of the norm.
     """
     resumes = resumes_of(trajectory.segments)
-    found = [*_step_jumps(trajectory, resumes), *_validation_jumps(trajectory, resumes)]
+    found = list(_step_jumps(trajectory, resumes))
+    told = [jump.step for jump in found if jump.metric == TRAIN_LOSS]
+    untold = [r for r in resumes if not any(0 < s - r.step <= BLOCK_STEPS for s in told)]
+    found += _training_shifts(trajectory, untold)
+    found += _validation_jumps(trajectory, resumes)
     found.sort(key=lambda jump: (jump.step, -jump.z))
     places: list[list[Jump]] = []
     for jump in found:
@@ -185,6 +201,43 @@ def _data(data_step: int | None, batch_sha256: str | None) -> str:
         return "no restart near; the batch is not on record"
     batch = "" if batch_sha256 is None else f", batch {batch_sha256[:8]}"
     return f"no restart near: data step {data_step:,}{batch}"
+
+
+def _training_shifts(trajectory: Trajectory, resumes: Sequence[Resume]) -> Iterator[Jump]:
+    """Level shifts of the training loss over a resume, against the changes before it.
+
+    While a loss falls fast the steps before spread widely, and a jump hides among them. From block
+    to block it hides less: the fall is what those changes have in common.
+    """
+    table = trajectory.steps
+    points = table.points("loss_nats")
+    segments = dict(zip(table.steps, table.segments, strict=True))
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    for resume in resumes:
+        place = bisect_right(steps, resume.step)
+        num_blocks = min(place // BLOCK_STEPS, SHIFT_WINDOW + 1)
+        if place + BLOCK_STEPS > len(values) or num_blocks <= MIN_BLOCK_HISTORY:
+            continue
+        starts = range(place - num_blocks * BLOCK_STEPS, place + 1, BLOCK_STEPS)
+        blocks = [median(values[start : start + BLOCK_STEPS]) for start in starts]
+        *history, height = [after - before for before, after in itertools.pairwise(blocks)]
+        z, level = robust_z(height, history), blocks[-2]
+        if z <= SHIFT_THRESHOLD or height <= RELATIVE_FLOOR * abs(level):
+            continue
+        later = range(place + BLOCK_STEPS, len(values) - BLOCK_STEPS + 1)
+        back = next((n for n in later if median(values[n : n + BLOCK_STEPS]) <= level), None)
+        step = steps[place]
+        yield Jump(
+            metric=TRAIN_LOSS,
+            step=step,
+            height=height,
+            z=z,
+            steps_to_recovery=None if back is None else steps[back] - step,
+            segment=segments[step],
+            cause=_after(step - resume.step, resume.words),
+            data_step=None,
+            batch_sha256=None,
+        )
 
 
 def _validation_jumps(trajectory: Trajectory, resumes: Sequence[Resume]) -> Iterator[Jump]:

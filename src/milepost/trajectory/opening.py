@@ -11,13 +11,14 @@ from milepost.runs.ratings import read_ratings
 from milepost.trajectory.collect import Trajectory, collect
 from milepost.trajectory.course import Axis, Course
 from milepost.trajectory.example import load_example
+from milepost.trajectory.figures.strokes import MAX_COURSES
 from milepost.trajectory.imports.formats import READERS, import_course
 from milepost.trajectory.published import read_baselines, usual_baselines
 from milepost.trajectory.ratings import RatingSummary, summarize_ratings
 from milepost.trajectory.run_course import course_of
-from milepost.trajectory.strokes import MAX_COURSES
 from milepost.trajectory.subject import Subject
 
+MAX_TOKENS_PER_STEP = 10**12
 PUBLISHED, NO_BASELINE = "published", "none"
 
 
@@ -114,8 +115,10 @@ def _check(request: Request) -> None:
         if request.imports.count(spec) > 1:
             raise UsageError(f"--import {spec} is given twice", hint="name each import once")
     if request.tokens_per_step is not None:
-        if request.tokens_per_step < 1:
-            raise UsageError(f"--tokens-per-step is {request.tokens_per_step}, not 1 or more")
+        if not 1 <= request.tokens_per_step <= MAX_TOKENS_PER_STEP:
+            raise UsageError(
+                f"--tokens-per-step is {request.tokens_per_step}, not 1 to {MAX_TOKENS_PER_STEP:,}"
+            )
         if not request.imports:
             raise UsageError(
                 "--tokens-per-step without an --import",
@@ -149,9 +152,12 @@ def _imported(spec: str, *, tokens_per_step: int | None) -> Course:
 
 def _named_apart(courses: Sequence[Course]) -> list[Course]:
     """The courses, those of one name numbered, so that no two lines have the same."""
-    names = [course.name for course in courses]
-    apart = []
-    for place, course in enumerate(courses):
-        number = names[:place].count(course.name) + 1
-        apart.append(course if number == 1 else replace(course, name=f"{course.name} ({number})"))
+    given, taken, apart = {course.name for course in courses}, set[str](), []
+    for course in courses:
+        name, number = course.name, 1
+        while name in taken or (number > 1 and name in given):
+            number += 1
+            name = f"{course.name} ({number})"
+        taken.add(name)
+        apart.append(replace(course, name=name))
     return apart

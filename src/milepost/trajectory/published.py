@@ -14,6 +14,7 @@ import numpy as np
 from milepost.core.errors import UsageError
 from milepost.core.files import as_storage_error, plain_file
 from milepost.core.units import format_count
+from milepost.trajectory.benchmarks import METRICS
 from milepost.trajectory.course import Course, Curve
 from milepost.trajectory.example import packaged_table
 from milepost.trajectory.fields import finite, text
@@ -72,7 +73,7 @@ def _baselines(table: dict[str, Any], *, what: str) -> list[Course]:
 def _levels(model: Any, *, what: str) -> list[Course]:
     name, source = _text_in(model, "name", what=what), _text_in(model, "source", what=what)
     columns, rows, notes = (model.get(key, []) for key in ("columns", "rows", "notes"))
-    problem = _problem(columns, rows)
+    problem = _problem(columns, rows, notes)
     if problem is not None:
         raise UsageError(f"{what}, {name}: {problem}", hint=FORM)
     return [
@@ -83,7 +84,7 @@ def _levels(model: Any, *, what: str) -> list[Course]:
                 metric: _point(row[0], value)
                 for metric, value in zip(columns[1:], row[1:], strict=True)
             },
-            notes=tuple(str(note) for note in notes),
+            notes=tuple(notes),
             is_baseline=True,
         )
         for row in rows
@@ -97,12 +98,17 @@ def _text_in(model: Any, key: str, *, what: str) -> str:
     return value
 
 
-def _problem(columns: Any, rows: Any) -> str | None:
+def _problem(columns: Any, rows: Any, notes: Any) -> str | None:
     """What is wrong with a table of levels, in words; None where nothing is."""
     if not isinstance(columns, list) or len(columns) < 2 or columns[0] != "tokens":
         return 'columns must be "tokens" and at least one metric'
     if not all(text(name) for name in columns) or len(set(columns)) < len(columns):
         return "columns must be texts, each once"
+    foreign = [name for name in columns[1:] if not _is_accuracy(name)]
+    if foreign:
+        return f"{foreign[0]!r} is no accuracy of a benchmark, such as eval/hellaswag/acc_norm"
+    if not isinstance(notes, list) or not all(text(note) for note in notes):
+        return "notes must be a list of texts"
     if not isinstance(rows, list) or not rows:
         return "there are no rows"
     for number, row in enumerate(rows, start=1):
@@ -110,10 +116,15 @@ def _problem(columns: Any, rows: Any) -> str | None:
             return f"row {number} does not have {len(columns)} numbers"
         if any(finite(value) is None for value in row) or row[0] < 0:
             return f"row {number} has something that is not a number: {row}"
-        over = [v for name, v in zip(columns, row, strict=True) if name[:5] == "eval/" and v > 1]
-        if over:
-            return f"row {number} has a score of {over[0]:g}: scores are fractions, 0 to 1"
+        beyond = [score for score in row[1:] if not 0 <= score <= 1]
+        if beyond:
+            return f"row {number} has a score of {beyond[0]:g}: scores are fractions, 0 to 1"
     return None
+
+
+def _is_accuracy(metric: str) -> bool:
+    parts = metric.split("/")
+    return len(parts) == 3 and parts[0] == "eval" and parts[1] != "" and parts[2] in METRICS
 
 
 def _point(tokens: float, value: float) -> Curve:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from milepost.runs.ratings import CRITERIA, RaterKind, RatingRecord
-from milepost.trajectory.agreement import (
+from milepost.trajectory.fields import whole
+from milepost.trajectory.statistics.agreement import (
     AVERAGE,
     COLUMNS,
     AgreementRow,
@@ -23,9 +24,8 @@ from milepost.trajectory.agreement import (
     bias_rows,
     mean_of_raters,
 )
-from milepost.trajectory.correlation import Interval
-from milepost.trajectory.fields import whole
-from milepost.trajectory.resampling import mean_interval
+from milepost.trajectory.statistics.correlation import Interval
+from milepost.trajectory.statistics.resampling import mean_interval
 
 
 @dataclass(frozen=True)

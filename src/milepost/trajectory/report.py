@@ -12,20 +12,21 @@ from typing import Any
 from milepost.core.errors import UsageError
 from milepost.core.files import write_atomically
 from milepost.trajectory import provenance, rows, summary
-from milepost.trajectory.benchmark_figures import draw_benchmarks, plots_of
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course
 from milepost.trajectory.data_files import data_files
-from milepost.trajectory.figures import draw_panels
-from milepost.trajectory.hover import hover_json
-from milepost.trajectory.mark_drawing import band_shades
-from milepost.trajectory.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.figures.benchmark_figures import draw_benchmarks, plots_of
+from milepost.trajectory.figures.hover import hover_json
+from milepost.trajectory.figures.mark_drawing import band_shades
+from milepost.trajectory.figures.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.figures.panel_kinds import PANEL_KINDS, PanelKind
+from milepost.trajectory.figures.panels import draw_panels
+from milepost.trajectory.figures.scale import LABELS, MISSING, Scale, scale_of
+from milepost.trajectory.figures.strokes import LOOKS
 from milepost.trajectory.opening import subject_of_run
-from milepost.trajectory.panel_kinds import PANEL_KINDS
 from milepost.trajectory.published import USUAL
-from milepost.trajectory.scale import LABELS, MISSING, Scale, scale_of
 from milepost.trajectory.sections.all import tell
-from milepost.trajectory.strokes import LOOKS
+from milepost.trajectory.sections.wording import benchmark_of
 from milepost.trajectory.subject import Subject
 from milepost.trajectory.tidy import tidy_table, write_tidy
 
@@ -154,11 +155,16 @@ def _ends(course: Course) -> dict[str, Any]:
 def left_out_courses(subject: Subject) -> list[str]:
     """Says which courses have no place on the axis, and why."""
     scale = scale_of(subject, metrics=shown_metrics(subject))
-    return [_left_out_words(course.name, scale) for course in scale.left_out]
+    return [_left_out_words(course, subject, scale) for course in scale.left_out]
 
 
-def _left_out_words(name: str, scale: Scale) -> str:
-    return f"{name} is not in the figures: {MISSING[scale.axis]}"
+def _left_out_words(course: Course, subject: Subject, scale: Scale) -> str:
+    reason = MISSING[scale.axis]
+    if not course.curves:
+        reason = "nothing of it is measured yet"
+    elif not course.curves.keys() & shown_metrics(subject):
+        reason = "none of its metrics has a figure"
+    return f"{course.name} is not in the figures: {reason}"
 
 
 def _figures(subject: Subject) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def _figures(subject: Subject) -> dict[str, Any]:
     return {
         # What a run has not measured yet has its place; what a source does not give has none.
         "panels": panels if subject.run else [panel for panel in panels if panel.svg],
-        "absent": [] if subject.run else [p.kind.title.lower() for p in panels if not p.svg],
+        "absent": [] if subject.run else [_in_words(p.kind) for p in panels if not p.svg],
         "benchmark_panels": small,
         "num_plots": len(plots),
         "benchmark_metrics": frozenset().union(*(panel.metrics for panel in small)),
@@ -188,9 +194,14 @@ def _figures(subject: Subject) -> dict[str, Any]:
         "marks_words": marks_in_words(marks),
         "shades": band_shades(spans) if len({s.ranks for s in spans}) > 1 else {},
         "spans_words": spans_in_words(spans),
-        "left_out": [_left_out_words(course.name, scale) for course in scale.left_out],
+        "left_out": left_out_courses(subject),
         "hover": hover_json([hover for hover in hovers if hover is not None]),
     }
+
+
+def _in_words(kind: PanelKind) -> str:
+    """What a panel shows, inside a sentence."""
+    return kind.title if benchmark_of(kind.metric) else kind.title.lower()
 
 
 def _scale_of_scores(subject: Subject, scale: Scale) -> Scale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from milepost.runs.metric_names import (
 )
 from milepost.trajectory.benchmarks import METRICS, Series, main_series
 from milepost.trajectory.collect import Table, Trajectory
-from milepost.trajectory.course import Course, Curve
+from milepost.trajectory.course import MAX_TOKENS, Course, Curve
 from milepost.trajectory.fields import finite, text, whole
 from milepost.trajectory.ratings import RatingSummary, RubricScores
+from milepost.trajectory.summary import left_out, skipped_lines
 
 QUALITIES = ("distinct_2", "repeated_4gram_fraction")
 """Of a sample's `quality`; their means over the prompts of a step are curves."""
@@ -53,7 +54,15 @@ def course_of(trajectory: Trajectory, *, ratings: RatingSummary | None = None) -
             config.model, sequence_length=config.data.sequence_length, lora=config.lora
         ),
         restarts=tuple(sorted(resumes)),
+        notes=tuple(_what_was_left_out(trajectory)),
     )
+
+
+def _what_was_left_out(trajectory: Trajectory) -> Iterator[str]:
+    """For a run that is laid over another: of the main one the page's summary says it."""
+    for name, count in trajectory.num_bad_lines.items():
+        yield f"{skipped_lines(count, name=name)}."
+    yield from left_out(trajectory)
 
 
 class TokenCount:
@@ -64,7 +73,7 @@ class TokenCount:
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
-        points = trajectory.steps.points("tokens_seen")
+        points = [p for p in trajectory.steps.points("tokens_seen") if 0 <= p[1] <= MAX_TOKENS]
         self._steps = np.array([0, *(step for step, _ in points)], dtype=np.float64)
         self._tokens = np.array([0, *(tokens for _, tokens in points)], dtype=np.float64)
         self._per_step = trajectory.manifest.config.train.global_batch_tokens
@@ -99,20 +108,32 @@ def _event_curves(table: Table, metrics: dict[str, str], tokens: TokenCount) -> 
     return curves
 
 
-def _benchmark_curves(series: Series, tokens: TokenCount) -> dict[str, Curve]:
+def score_curve(series: Series, metric: str, tokens: TokenCount) -> Curve:
+    """The scores of one metric, empty where the series has none.
+
+    Args:
+        series: of one benchmark and setting.
+        metric: "acc" or "acc_norm".
+        tokens: of the run, for records that do not count them.
+    """
+    points = series.points(metric)
     said = {e.step: e.tokens_seen for e in series.evaluations}
-    curves = {}
-    for metric in METRICS:
-        points = series.points(metric)
-        steps = np.array([step for step, _ in points], dtype=np.float64)
-        seen = np.array([said[step] for step, _ in points], dtype=np.float64)
-        curves[benchmark_metric(series.setting.benchmark, metric)] = Curve(
-            steps=steps,
-            tokens=np.where(np.isnan(seen), tokens.at(steps), seen),
-            values=np.array([score.value for _, score in points], dtype=np.float64),
-            stderrs=np.array([score.stderr for _, score in points], dtype=np.float64),
-        )
-    return curves
+    steps = np.array([step for step, _ in points], dtype=np.float64)
+    seen = np.array([said[step] for step, _ in points], dtype=np.float64)
+    return Curve(
+        steps=steps,
+        tokens=np.where(np.isnan(seen), tokens.at(steps), seen),
+        values=np.array([score.value for _, score in points], dtype=np.float64),
+        stderrs=np.array([score.stderr for _, score in points], dtype=np.float64),
+    )
+
+
+def _benchmark_curves(series: Series, tokens: TokenCount) -> dict[str, Curve]:
+    benchmark = series.setting.benchmark
+    return {
+        benchmark_metric(benchmark, metric): score_curve(series, metric, tokens)
+        for metric in METRICS
+    }
 
 
 def _quality_curves(samples: Iterable[dict[str, Any]], tokens: TokenCount) -> dict[str, Curve]:

@@ -108,10 +108,18 @@ def _part(course: Course, metrics: dict[str, bool], *, run: Trajectory | None) -
     for name, has_error in metrics.items():
         curve = course.curves.get(name)
         values, errors = (curve.values, curve.stderrs) if curve else (None, None)
-        columns[_encodable(name)] = _numbers(rows.spread(curve, values))
+        columns[_free_name(name, columns)] = _numbers(rows.spread(curve, values))
         if has_error:
-            columns[_encodable(f"{name}_stderr")] = _numbers(rows.spread(curve, errors))
+            columns[_free_name(f"{name}_stderr", columns)] = _numbers(rows.spread(curve, errors))
     return pyarrow.table(columns)
+
+
+def _free_name(name: str, columns: dict[str, Any]) -> str:
+    """The metric's name; an import may call one as another column is called: "device"."""
+    free = _encodable(name)
+    while free in columns:
+        free += " (metric)"
+    return free
 
 
 def _of_run(run: Trajectory | None, steps: np.ndarray) -> dict[str, Any]:
@@ -144,8 +152,8 @@ def _numbers(values: np.ndarray) -> Any:
 
 
 def _whole_numbers(values: np.ndarray) -> Any:
-    """float64[N] as a pyarrow array of int64, null where it is not finite."""
-    known = np.isfinite(values)
+    """float64[N] as a pyarrow array of int64, null where it is not finite or has no room there."""
+    known = np.abs(values) < 2**63  # false for NaN
     return _array("int64", len(values), known, np.rint(np.where(known, values, 0)).astype(np.int64))
 
 

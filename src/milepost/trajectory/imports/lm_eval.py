@@ -96,7 +96,11 @@ def read(path: Path, *, name: str | None, tokens_per_step: int | None) -> Course
 def _json_files(path: Path) -> list[Path]:
     if _is_pattern(path):
         start = Path(path.anchor)
-        return sorted(file for file in start.glob(str(path.relative_to(start))) if file.is_file())
+        try:
+            found = list(start.glob(str(path.relative_to(start))))
+        except ValueError as bad:
+            raise UsageError(f"{path} is no pattern: {bad}", hint=f"expected {EXPECTED}") from bad
+        return sorted(file for file in found if file.is_file())
     if path.is_file() and path.suffix != ".json":
         raise refuse(path, expected=EXPECTED)
     return files_in(path, pattern="*.json")

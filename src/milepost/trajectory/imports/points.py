@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from milepost.core.errors import UsageError
-from milepost.trajectory.course import Course, Curve
+from milepost.trajectory.course import MAX_TOKENS, Course, Curve
 from milepost.trajectory.imports.names import (
     ACCURACIES,
     STEP_NAMES,
@@ -77,6 +77,7 @@ class Points:
             tokens_per_step: for steps after the last at which the source counts tokens; with None
                 theirs are unknown. Steps between two that it counts have proportionally many.
         """
+        wrong = self._without_wrong_tokens()
         values, errors = self._with_errors()
         renamed, curves, percent = metric_names(values), {}, []
         for given, by_step in values.items():
@@ -87,8 +88,21 @@ class Points:
             curves[renamed[given]] = curve
         # Of a hundred tasks in no order, those that the page has a place for come first.
         in_order = {metric: curves[metric] for metric in ACCURACIES if metric in curves} | curves
-        told = (*notes, *_renaming(renamed), *percent, *self._left_out())
+        told = (*notes, *wrong, *_renaming(renamed), *percent, *self._left_out())
         return Course(name, source, in_order, notes=told)
+
+    def _without_wrong_tokens(self) -> list[str]:
+        """Forgets the counts of tokens where one falls, as after a restart that counts anew, or is
+        no count; says so."""
+        last = 0.0
+        for step in sorted(self._tokens):
+            count = self._tokens[step]
+            if not last <= count <= MAX_TOKENS:
+                self._tokens.clear()
+                where = f"{count:,.6g} at step {step:,} after {last:,.6g}"
+                return [f"Its counts of tokens are left out, since they do not only grow: {where}."]
+            last = count
+        return []
 
     def _with_errors(self) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
         """The values by name, and the standard errors of those that have any."""

@@ -82,6 +82,7 @@ def _from_offline_run(path: Path) -> tuple[Points, str, list[str]]:
 def _read_log(file: Path, runs: dict[str, _OfflineRun]) -> None:
     """Adds one file to the run whose id it says."""
     try:
+        from google.protobuf.message import DecodeError
         from wandb.proto import wandb_internal_pb2
     except ImportError as missing:
         raise UsageError(
@@ -97,7 +98,11 @@ def _read_log(file: Path, runs: dict[str, _OfflineRun]) -> None:
         content.seek(0)
         log = WandbLog(content)
         for serialized in log.records():
-            record = parse(serialized)
+            try:
+                record = parse(serialized)
+            except DecodeError:
+                log.num_damaged += 1
+                continue
             if record.HasField("run"):
                 key = record.run.run_id or key
                 found.name = record.run.display_name or found.name
@@ -116,7 +121,7 @@ def _history(history: Any) -> dict[str, Any]:
     for item in history.item:
         try:
             record[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return record
 

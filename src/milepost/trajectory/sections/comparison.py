@@ -30,7 +30,7 @@ class Compared:
     """One metric of all courses at one count of tokens.
 
     Attributes:
-        tokens: the largest count that all courses with the metric have reached.
+        tokens: the largest count at which the most courses have a value.
         values: one a course; None for one that has no value there.
     """
 
@@ -96,10 +96,21 @@ def _shared_metrics(courses: Sequence[Course]) -> list[str]:
 def _compared(courses: Sequence[Course], metric: str) -> Compared | None:
     curves = [course.curves.get(metric) for course in courses]
     ends = [_last_tokens(curve) for curve in curves if curve is not None]
-    tokens = min((end for end in ends if end is not None), default=0.0)
+    found = [_at(end, metric, curves) for end in ends if end is not None]
+    # Of two counts with as many values one at which the main course has one.
+    best = max(
+        found, key=lambda c: (_num_values(c), c.values[0] is not None, c.tokens), default=None
+    )
+    return best if best is not None and _num_values(best) > 1 else None
+
+
+def _at(tokens: float, metric: str, curves: Sequence[Curve | None]) -> Compared:
     values = tuple(None if curve is None else value_at(curve, tokens) for curve in curves)
-    is_shared = sum(value is not None for value in values) > 1
-    return Compared(metric, tokens, values) if is_shared else None
+    return Compared(metric, tokens, values)
+
+
+def _num_values(compared: Compared) -> int:
+    return sum(value is not None for value in compared.values)
 
 
 def _row(compared: Compared) -> tuple[str, ...]:
@@ -119,9 +130,9 @@ def _last_tokens(curve: Curve) -> float | None:
 def _notes(courses: Sequence[Course], compared: Sequence[Compared]) -> Iterator[str]:
     if compared:
         yield (
-            "Each row is at the largest count of tokens that all courses with that metric have"
-            " reached; a value between two measured points lies on the straight line between them,"
-            " and nothing is extrapolated."
+            "Each row is at the largest count of tokens at which the most courses have a value; one"
+            " between two measured points lies on the straight line between them, and nothing is"
+            " extrapolated."
         )
     if any(one.metric in (VAL_LOSS, TRAIN_LOSS, BITS_PER_BYTE) for one in compared):
         yield (

@@ -11,9 +11,9 @@ from typing import Any
 from milepost.runs.evaluations import EvaluationStore
 from milepost.trajectory.benchmarks import Evaluation, Series, main_series
 from milepost.trajectory.collect import Trajectory
-from milepost.trajectory.paired import PairedTest, paired_test
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import interval_words, p_words, signed
+from milepost.trajectory.statistics.paired import PairedTest, paired_test
 from milepost.trajectory.subject import Section
 from milepost.trajectory.summary import enumerate_words
 

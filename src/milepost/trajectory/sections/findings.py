@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from milepost.core.units import format_count
 from milepost.runs.metric_names import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.collect import Trajectory
-from milepost.trajectory.correlation import Coefficient
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.jumps import Jump
+from milepost.trajectory.jumps import Jump, has_enough_steps
 from milepost.trajectory.outliers import OddCheckpoint
 from milepost.trajectory.sections.comparison import Compared
 from milepost.trajectory.sections.measures import (
@@ -34,6 +33,7 @@ from milepost.trajectory.sections.wording import (
     plain,
     value_words,
 )
+from milepost.trajectory.statistics.correlation import Coefficient
 from milepost.trajectory.subject import Subject
 from milepost.trajectory.summary import enumerate_words, plural
 
@@ -67,7 +67,7 @@ def jump_sentences(
             f" {metric_words(largest.metric)}, {height_words(largest)} at step {largest.step:,},"
             f" {end} ({largest.cause})."
         )
-    elif run.steps.steps:
+    elif has_enough_steps(run):
         told.append("No jump of loss or gradient norm stands out.")
     if odd:
         named = enumerate_words([f"{checkpoint.step:,}" for checkpoint in odd[:MAX_NAMED]])

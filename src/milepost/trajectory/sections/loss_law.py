@@ -8,10 +8,10 @@ import numpy as np
 
 from milepost.core.units import format_count
 from milepost.runs.metric_names import TRAIN_LOSS, VAL_LOSS
-from milepost.trajectory.correlation import Interval
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.power_law import PowerLaw, fit_power_law
 from milepost.trajectory.sections.wording import interval_words, metric_words, plain
+from milepost.trajectory.statistics.correlation import Interval
+from milepost.trajectory.statistics.power_law import PowerLaw, fit_power_law
 from milepost.trajectory.subject import Section
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milepost.runs.ratings import CRITERIA, RUBRIC
-from milepost.trajectory.agreement import AVERAGE, AgreementRow, BiasRow
 from milepost.trajectory.ratings import RatingSummary, RubricScores
 from milepost.trajectory.samples import evenly_spread
 from milepost.trajectory.sections.measures import rubric_groups
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import NONE, interval_words, plain, signed
+from milepost.trajectory.statistics.agreement import AVERAGE, AgreementRow, BiasRow
 from milepost.trajectory.subject import Section, Subject
 from milepost.trajectory.summary import enumerate_words, plural
 

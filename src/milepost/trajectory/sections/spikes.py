@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from milepost.core.spikes import MIN_HISTORY
 from milepost.runs.metric_names import TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.benchmarks import NAMES
 from milepost.trajectory.collect import Trajectory
-from milepost.trajectory.jumps import Jump
-from milepost.trajectory.outliers import OddCheckpoint
+from milepost.trajectory.jumps import Jump, has_enough_steps
+from milepost.trajectory.outliers import MIN_CHECKPOINTS, OddCheckpoint
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import NONE, capitalized, metric_words, plain, signed
 from milepost.trajectory.subject import Section
@@ -91,6 +92,10 @@ def _batch(jump: Jump) -> str:
 def _jumps_note(run: Trajectory, jumps: Sequence[Jump]) -> str:
     if not run.steps.steps:
         return "No steps are on record in which to look for jumps."
+    if not jumps and not has_enough_steps(run):
+        return (
+            f"There are too few steps to look for jumps: {MIN_HISTORY} before one tell its level."
+        )
     if not jumps:
         return "No jump of loss or gradient norm stands out from the steps before it."
     told = (
@@ -119,6 +124,11 @@ def _odd_table(odd: Sequence[OddCheckpoint]) -> TextTable:
 def _odd_note(run: Trajectory, odd: Sequence[OddCheckpoint]) -> str:
     if not run.benchmarks:
         return ""
+    if not odd and max(len(series.evaluations) for series in run.benchmarks) < MIN_CHECKPOINTS:
+        return (
+            "There are too few scored checkpoints to find one that stands out from its neighbors:"
+            f" it takes {MIN_CHECKPOINTS} of a benchmark."
+        )
     if not odd:
         return "No checkpoint's scores stand out from those of its neighbors."
     told = "Score such a checkpoint again before its numbers are trusted."

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from milepost.trajectory.correlation import Correlation, conclusion, correlate
 from milepost.trajectory.samples import evenly_spread
 from milepost.trajectory.sections.measures import (
     MIN_COMMON_STEPS,
@@ -21,6 +20,7 @@ from milepost.trajectory.sections.measures import (
 )
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import NONE, capitalized, coefficient_words, plain
+from milepost.trajectory.statistics.correlation import Correlation, conclusion, correlate
 from milepost.trajectory.subject import Section, Subject
 from milepost.trajectory.summary import enumerate_words
 

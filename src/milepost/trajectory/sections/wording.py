@@ -12,7 +12,7 @@ from milepost.runs.metric_names import (
     VAL_LOSS,
 )
 from milepost.trajectory.benchmarks import METRICS, NAMES
-from milepost.trajectory.correlation import Coefficient, Interval
+from milepost.trajectory.statistics.correlation import Coefficient, Interval
 
 NONE = "–"
 """Stands in a cell that has no value."""

@@ -9,12 +9,12 @@ from milepost.trajectory.benchmarks import main_series
 from milepost.trajectory.course import Curve
 from milepost.trajectory.jumps import Jump, jumps_of
 from milepost.trajectory.outliers import OddCheckpoint, odd_checkpoints
-from milepost.trajectory.power_law import PowerLaw
 from milepost.trajectory.sections.comparison import Compared, compared_metrics
 from milepost.trajectory.sections.differences import Difference, differences_of
 from milepost.trajectory.sections.loss_law import FittedLaw, fitted_law
 from milepost.trajectory.sections.measures import rubric_groups
 from milepost.trajectory.sections.together import Pair, pairs_of
+from milepost.trajectory.statistics.power_law import PowerLaw
 from milepost.trajectory.subject import Subject
 
 

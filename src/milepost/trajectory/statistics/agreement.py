@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from milepost.runs.ratings import CRITERIA, RaterKind
-from milepost.trajectory.alpha import krippendorff_alpha
-from milepost.trajectory.correlation import Interval
-from milepost.trajectory.resampling import mean_interval
+from milepost.trajectory.statistics.alpha import krippendorff_alpha
+from milepost.trajectory.statistics.correlation import Interval
+from milepost.trajectory.statistics.resampling import mean_interval
 
 AVERAGE = "average"
 """In the place of a criterion: the mean of all of them."""

@@ -12,8 +12,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from milepost.trajectory.bootstrap import Interval, Statistic, bootstrap
-from milepost.trajectory.coefficients import (
+from milepost.trajectory.statistics.bootstrap import Interval, Statistic, bootstrap
+from milepost.trajectory.statistics.coefficients import (
     is_constant,
     of_ranks,
     product_moment,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from milepost.trajectory.bootstrap import Statistic
+from milepost.trajectory.statistics.bootstrap import Statistic
 
 _ROUNDING = 1e-12  # a spread this small beside the values is rounding
 _SMALLEST = 1e-10  # of a variance whose whole is about 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from milepost.trajectory.correlation import Interval
 from milepost.trajectory.fields import whole
+from milepost.trajectory.statistics.correlation import Interval
 
 CHOICES = {"acc": "chosen", "acc_norm": "chosen_norm"}
 """Metric to the field of an item that says which choice was taken (docs/contract.md)."""

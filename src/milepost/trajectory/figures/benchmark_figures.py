@@ -11,14 +11,13 @@ import numpy as np
 from milepost.runs.metric_names import benchmark_metric
 from milepost.trajectory.benchmarks import METRICS, NAMES, Score, Series, main_series
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.drawing import PLACEHOLDERS, Frame, draw_svg, set_scale
-from milepost.trajectory.figures import at, percent_tick
-from milepost.trajectory.hover import Hover, hover_of
-from milepost.trajectory.levels import Level, draw_levels, set_range
-from milepost.trajectory.panel_kinds import percent
-from milepost.trajectory.run_course import TokenCount
-from milepost.trajectory.scale import Scale
-from milepost.trajectory.strokes import (
+from milepost.trajectory.figures.drawing import PLACEHOLDERS, Frame, draw_svg, set_scale
+from milepost.trajectory.figures.hover import Hover, hover_of
+from milepost.trajectory.figures.levels import Level, draw_levels, set_range
+from milepost.trajectory.figures.panel_kinds import percent
+from milepost.trajectory.figures.panels import at, percent_tick
+from milepost.trajectory.figures.scale import Scale
+from milepost.trajectory.figures.strokes import (
     LOOKS,
     ROOM_FOR_LABELS,
     Look,
@@ -27,6 +26,7 @@ from milepost.trajectory.strokes import (
     label_ends,
     stroke_of,
 )
+from milepost.trajectory.run_course import TokenCount, score_curve
 from milepost.trajectory.subject import Subject
 
 WIDTH, HEIGHT, TOP = 340, 218, 6
@@ -152,9 +152,8 @@ def _series_plot(subject: Subject, series: Series, *, tokens: TokenCount, is_mai
     setting, latest = series.setting, series.latest
     curves = {}
     for name in METRICS:
-        points = series.points(name)
-        if points:
-            curves[benchmark_metric(setting.benchmark, name)] = _curve(series, points, tokens)
+        if series.points(name):
+            curves[benchmark_metric(setting.benchmark, name)] = score_curve(series, name, tokens)
     pairs = (("chance", latest.chance), ("majority", latest.majority))
     levels = tuple(Level(name, value, False) for name, value in pairs if value is not None)
     if setting.num_fewshot == 0:  # the published scores are of no solved examples
@@ -164,18 +163,6 @@ def _series_plot(subject: Subject, series: Series, *, tokens: TokenCount, is_mai
     own = Course(course.name, course.source, curves, course.flops_per_token)
     others = subject.others if is_main else ()
     return Plot(setting.benchmark, series.words, own, others, levels)
-
-
-def _curve(series: Series, points: Sequence[tuple[int, Score]], tokens: TokenCount) -> Curve:
-    said = {e.step: e.tokens_seen for e in series.evaluations}
-    steps = np.array([step for step, _ in points], dtype=np.float64)
-    seen = np.array([said[step] for step, _ in points], dtype=np.float64)
-    return Curve(
-        steps=steps,
-        tokens=np.where(np.isnan(seen), tokens.at(steps), seen),
-        values=np.array([score.value for _, score in points], dtype=np.float64),
-        stderrs=np.array([score.stderr for _, score in points], dtype=np.float64),
-    )
 
 
 def _baselines(baselines: Sequence[Course], metric: str) -> tuple[Level, ...]:

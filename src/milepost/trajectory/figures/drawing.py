@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from milepost.core.units import format_count
-from milepost.trajectory.scale import LABELS, Scale
+from milepost.trajectory.figures.scale import LABELS, Scale
 
 # Colors that stand for the page's; replaced by its variables, so that one SVG serves light,
 # dark and paper.

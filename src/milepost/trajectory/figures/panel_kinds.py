@@ -51,7 +51,7 @@ class PanelKind:
 def _loss(value: float) -> str:
     """Four decimals; of a published number, which has two, those."""
     told = f"{value:.4f}"
-    return told.removesuffix("00") if abs(value - round(value, 2)) < 1e-12 else told
+    return told.removesuffix("00") if abs(value - round(float(value), 2)) < 1e-12 else told
 
 
 def _rate(value: float) -> str:
@@ -138,7 +138,7 @@ PANEL_KINDS = (
         GRAD_NORM,
         _steps,
         "grad_norm",
-        ("scale",),
+        ("loss_scale",),
         _rate,
     ),
 )

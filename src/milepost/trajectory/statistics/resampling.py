@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-from milepost.trajectory.correlation import Interval
+from milepost.trajectory.statistics.correlation import Interval
 
 NUM_RESAMPLES = 1000
 FEWEST_UNITS = 5

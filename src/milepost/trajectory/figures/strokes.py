@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.drawing import PLACEHOLDERS
-from milepost.trajectory.lines import Line, line_of
-from milepost.trajectory.scale import Scale
+from milepost.trajectory.figures.drawing import PLACEHOLDERS
+from milepost.trajectory.figures.lines import Line, line_of
+from milepost.trajectory.figures.scale import Scale
 
 MAX_COURSES = 6
 MAX_MARKED_POINTS = 60
 MAX_LABEL_CHARACTERS = 15
+
+MAX_DRAWN = 1e300
+"""Where larger values are drawn: the ends of an axis beyond are not finite."""
 
 ROOM_FOR_LABELS = 104
 """Right of the axes, in units of the drawing area, where several courses are drawn."""
@@ -85,7 +88,8 @@ def stroke_of(
     if not known.any():
         return None
     kept = Curve(*(a[known] for a in (curve.steps, curve.tokens, curve.values, curve.stderrs)))
-    line = line_of(x[known], kept.values, is_log=scale.is_log)
+    drawn = np.clip(kept.values, -MAX_DRAWN, MAX_DRAWN)
+    line = line_of(x[known], drawn, is_log=scale.is_log)
     return Stroke(course.name if name is None else name, look, x[known], kept, line)
 
 

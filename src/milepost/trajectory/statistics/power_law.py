@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from milepost.trajectory.bootstrap import SEED, Interval
+from milepost.trajectory.statistics.bootstrap import SEED, Interval
 
 MIN_POINTS = 5
 MIN_POINTS_FOR_INTERVALS = 8
@@ -140,8 +140,8 @@ def _used(tokens: np.ndarray) -> np.ndarray:
 
 def _absence(tokens: np.ndarray, losses: np.ndarray) -> str | None:
     if len(tokens) < MIN_POINTS:
-        points = "1 point" if len(tokens) == 1 else f"{len(tokens)} points"
-        return f"there are {points} to fit, and {MIN_POINTS} are needed"
+        points = "is 1 point" if len(tokens) == 1 else f"are {len(tokens)} points"
+        return f"there {points} to fit, and {MIN_POINTS} are needed"
     span = float(tokens[-1] / tokens[0])
     if span < MIN_SPAN:
         return f"the tokens grow by a factor of {span:.1f} only, and {MIN_SPAN:g} is needed"

@@ -10,13 +10,13 @@ import numpy as np
 
 from milepost.core.units import format_count
 from milepost.trajectory.course import Curve
-from milepost.trajectory.drawing import Frame, draw_svg, set_scale, tick_text
-from milepost.trajectory.hover import Hover, hover_of
-from milepost.trajectory.mark_drawing import AxisMarks, axis_marks_of, draw_marks
-from milepost.trajectory.marks import marks_in_words
-from milepost.trajectory.panel_kinds import PANEL_KINDS, PanelKind
-from milepost.trajectory.scale import Scale
-from milepost.trajectory.strokes import (
+from milepost.trajectory.figures.drawing import Frame, draw_svg, set_scale, tick_text
+from milepost.trajectory.figures.hover import Hover, hover_of
+from milepost.trajectory.figures.mark_drawing import AxisMarks, axis_marks_of, draw_marks
+from milepost.trajectory.figures.marks import marks_in_words
+from milepost.trajectory.figures.panel_kinds import PANEL_KINDS, PanelKind
+from milepost.trajectory.figures.scale import Scale
+from milepost.trajectory.figures.strokes import (
     LOOKS,
     ROOM_FOR_LABELS,
     Stroke,

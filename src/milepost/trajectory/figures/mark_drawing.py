@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from milepost.trajectory.drawing import PLACEHOLDERS
-from milepost.trajectory.marks import Mark, Span, marks_of, spans_of
-from milepost.trajectory.scale import Scale, StepPlaces
+from milepost.trajectory.figures.drawing import PLACEHOLDERS
+from milepost.trajectory.figures.marks import Mark, Span, marks_of, spans_of
+from milepost.trajectory.figures.scale import Scale, StepPlaces
 from milepost.trajectory.subject import Subject
 
 LETTER_WIDTH = 6.2

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from milepost.core.units import format_count
-from milepost.trajectory.drawing import Drawing
-from milepost.trajectory.strokes import Stroke
+from milepost.trajectory.figures.drawing import Drawing
+from milepost.trajectory.figures.strokes import Stroke
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from milepost.trajectory.correlation import Interval
-from milepost.trajectory.resampling import (
+from milepost.trajectory.statistics.correlation import Interval
+from milepost.trajectory.statistics.resampling import (
     FEWEST_UNITS,
     NUM_RESAMPLES,
     percentile_interval,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from milepost.trajectory.drawing import PLACEHOLDERS
-from milepost.trajectory.strokes import Stroke
+from milepost.trajectory.figures.drawing import PLACEHOLDERS
+from milepost.trajectory.figures.strokes import Stroke
 
 MAX_STRETCH = 0.7
 """How much further than the curves a baseline may stretch the axis, in ranges of the curves."""

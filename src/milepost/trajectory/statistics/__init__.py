@@ -1,0 +1,1 @@
+"""What the numbers of a trajectory show, and what they do not; held to SciPy in the tests."""
