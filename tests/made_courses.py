@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from milepost.trajectory.course import Course, Curve
+from milepost.trajectory.sections.all import Told, tell
+from milepost.trajectory.sections.work import work_out
 from milepost.trajectory.subject import Subject
 
 
@@ -22,3 +24,8 @@ def curve(
 def subject_of(course: Course, *others: Course) -> Subject:
     """A page about the first course."""
     return Subject(course.name, course, None, None, others, (), None, "steps")
+
+
+def told_by(subject: Subject) -> Told:
+    """The summary and the sections of the page."""
+    return tell(subject, work_out(subject))

@@ -22,6 +22,7 @@ from milepost.trajectory.figures.scale import scale_of
 from milepost.trajectory.figures.strokes import LABEL_HEIGHT, LOOKS, MAX_COURSES, kept_apart
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import render, shown_metrics
+from milepost.trajectory.sections.work import work_out
 from milepost.trajectory.subject import Subject
 from tests.made_runs import make_run
 
@@ -33,6 +34,10 @@ def curve(*values: float, stderr: float = np.nan) -> Curve:
 
 def course(name: str, **curves: Curve) -> Course:
     return Course(name, "a test", {key.replace("__", "/"): c for key, c in curves.items()})
+
+
+def page_of(subject: Subject) -> str:
+    return render(subject, work_out(subject))
 
 
 def subject_of(*courses: Course, **fields: Any) -> Subject:
@@ -112,7 +117,7 @@ def test_guessing_is_drawn_however_far_below() -> None:
 def test_points_of_the_script_are_those_of_the_drawing() -> None:
     own = course("own <b>", val__loss=curve(3.1234, 2.5, 2.4), eval__piqa__acc=curve(0.5, 0.6))
     subject = subject_of(own)
-    page = render(subject)
+    page = page_of(subject)
     data = hover_data(page)
     (line,) = data["validation_loss"]["lines"]
     assert line["n"] == "own <b>"
@@ -130,7 +135,7 @@ def test_points_of_the_script_are_those_of_the_drawing() -> None:
 
 
 def test_a_value_with_a_standard_error_says_it() -> None:
-    page = render(subject_of(course("own", eval__piqa__acc=curve(0.5, 0.6, stderr=0.012))))
+    page = page_of(subject_of(course("own", eval__piqa__acc=curve(0.5, 0.6, stderr=0.012))))
     assert hover_data(page)["benchmark1"]["lines"][0]["v"] == ["50.0 ± 1.2 %", "60.0 ± 1.2 %"]
 
 
@@ -138,7 +143,7 @@ def test_only_the_pages_own_script_may_run(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", total_steps=3)
     made.start()
     made.train(1, 3)
-    page = render(subject_of_run(collect(made.layout.root)))
+    page = page_of(subject_of_run(collect(made.layout.root)))
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page
@@ -149,7 +154,7 @@ def test_only_the_pages_own_script_may_run(tmp_path: Path) -> None:
 
 def test_long_curves_are_told_as_medians(tmp_path: Path) -> None:
     values = np.linspace(5, 3, 2000)
-    page = render(subject_of(course("own", train__loss=curve(*values))))
+    page = page_of(subject_of(course("own", train__loss=curve(*values))))
     (line,) = hover_data(page)["training_loss"]["lines"]
     assert line["n"] == "own, median"
     assert len(line["x"]) == len(line["v"]) == 360
@@ -158,13 +163,13 @@ def test_long_curves_are_told_as_medians(tmp_path: Path) -> None:
 def test_names_with_markup_and_formulas_stay_text() -> None:
     bad = "$\\frac{</text><script>alert(1)</script>\x00\x1b\ud800"
     own = course(bad, val__loss=curve(3, 2), eval__odd__acc=curve(0.1, 0.2))
-    page = render(subject_of(own, course("日本 " + bad, val__loss=curve(2, 1))))
+    page = page_of(subject_of(own, course("日本 " + bad, val__loss=curve(2, 1))))
     assert "<script>alert" not in page
     assert page.count("<script") == 2
     assert not {"\x00", "\x1b", "\ud800"} & set(page)
 
 
 def test_panels_without_values_are_named_not_drawn_where_there_is_no_run() -> None:
-    page = render(subject_of(course("own", val__loss=curve(3, 2))))
+    page = page_of(subject_of(course("own", val__loss=curve(3, 2))))
     assert page.count("<figure") == 1
     assert "Not given by the source: HellaSwag, training loss, tokens per second" in page

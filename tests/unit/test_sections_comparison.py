@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from milepost.trajectory.course import Course, Curve
-from milepost.trajectory.sections.all import tell
 from milepost.trajectory.sections.comparison import compared_metrics, value_at
-from tests.made_courses import curve, subject_of
+from tests.made_courses import curve, subject_of, told_by
 
 
 @pytest.mark.parametrize(
@@ -29,7 +28,7 @@ def test_courses_are_set_side_by_side_at_the_tokens_all_have_reached() -> None:
     )
     [compared] = compared_metrics(subject_of(short, long))
     assert compared.tokens == 200_000 and compared.values == (4.0, 5.0)
-    told = tell(subject_of(short, long))
+    told = told_by(subject_of(short, long))
     assert told.sections[0].key == "comparison"
     assert told.sections[0].content.table.rows == (
         ("Validation loss (nats)", "200 K", "4.00", "5.00"),
@@ -47,7 +46,7 @@ def test_a_course_that_ends_before_the_others_begin_does_not_hide_what_they_shar
         Course(name, "a test", {"eval/piqa/acc": curve(at, [0.5, 0.7])})
         for name, at in zip(names, steps, strict=True)
     ]
-    content = tell(subject_of(*courses)).sections[0].content
+    content = told_by(subject_of(*courses)).sections[0].content
     assert content.table.rows == (("PIQA (acc, %)", "2 M", "–", "70.0", "56.7"),)
     assert not any(note.startswith("At no count") for note in content.notes)
 
@@ -64,7 +63,7 @@ def test_course_without_tokens_is_named_and_not_compared() -> None:
     nothing = np.full(2, np.nan)
     silent = Course("silent", "a test", {"val/loss": Curve(steps, nothing, steps, nothing)})
     known = Course("known", "a test", {"val/loss": curve([1, 2], [4.0, 3.0])})
-    content = tell(subject_of(known, silent)).sections[0].content
+    content = told_by(subject_of(known, silent)).sections[0].content
     assert content.table is None
     assert content.notes == (
         "At no count of tokens do two courses have a value of validation loss.",
@@ -75,5 +74,5 @@ def test_course_without_tokens_is_named_and_not_compared() -> None:
 def test_courses_that_share_no_metric_say_so() -> None:
     one = Course("one", "a test", {"val/loss": curve([1, 2], [4.0, 3.0])})
     other = Course("other", "a test", {"eval/piqa/acc": curve([1, 2], [0.5, 0.6])})
-    content = tell(subject_of(one, other)).sections[0].content
+    content = told_by(subject_of(one, other)).sections[0].content
     assert content.notes == ("The courses have no metric in common.",)

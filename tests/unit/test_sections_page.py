@@ -13,12 +13,11 @@ from milepost.trajectory.course import Course
 from milepost.trajectory.example import load_example
 from milepost.trajectory.ratings import RatingSummary, RubricScores
 from milepost.trajectory.samples import sample_groups
-from milepost.trajectory.sections.all import tell
 from milepost.trajectory.sections.completions import Completions
 from milepost.trajectory.sections.text_table import Column, TextTable
 from milepost.trajectory.statistics.correlation import Interval
 from milepost.trajectory.subject import Section, Subject
-from tests.made_courses import curve
+from tests.made_courses import curve, told_by
 
 HOSTILE = "<script>alert(1)</script>&amp;\"'"
 
@@ -43,7 +42,7 @@ def test_papers_sections_come_in_the_order_a_reader_needs_them(
 ) -> None:
     example = load_example("paper")
     subject = Subject(example.title, example.course, None, example, (), (), None, "steps")
-    sections = tell(subject).sections
+    sections = told_by(subject).sections
     assert [section.key for section in sections] == ["rubric", "together", "loss-law"]
     rubric, together, law = (html_of(section, templates) for section in sections)
     assert rubric.count("<tr") == 11 and "published" not in rubric
@@ -86,7 +85,7 @@ def test_text_with_html_in_it_stays_text(templates: jinja2.Environment) -> None:
     course = Course(HOSTILE, HOSTILE, curves)
     other = replace(course, name="other")
     subject = Subject(HOSTILE, course, None, None, (other,), (), ratings, "tokens")
-    sections = tell(subject).sections
+    sections = told_by(subject).sections
     assert {s.key for s in sections} == {"comparison", "rubric", "together", "loss-law"}
     for section in sections:
         html = html_of(section, templates)

@@ -9,11 +9,11 @@ import pytest
 from milepost.core.files import json_document
 from milepost.trajectory.course import Course
 from milepost.trajectory.example import load_example
-from milepost.trajectory.sections.all import Told, tell
+from milepost.trajectory.sections.all import Told
 from milepost.trajectory.sections.together import pairs_of
 from milepost.trajectory.sections.work import as_numbers, work_out
 from milepost.trajectory.subject import Subject
-from tests.made_courses import curve, subject_of
+from tests.made_courses import curve, subject_of, told_by
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def paper() -> Subject:
 
 @pytest.fixture(scope="module")
 def told(paper: Subject) -> Told:
-    return tell(paper)
+    return told_by(paper)
 
 
 def test_papers_tables_give_what_the_paper_does_not_quite_print(told: Told) -> None:
@@ -83,7 +83,7 @@ def test_loss_between_two_validations_lies_on_their_line_and_that_is_said() -> N
     course = Course("made", "a test", {"val/loss": losses, "eval/piqa/acc": scores})
     [pair] = pairs_of(subject_of(course))
     assert pair.x.values == {35: 7.0, 105: 5.5, 175: 4.75} and pair.correlation.n == 3
-    content = next(s.content for s in tell(subject_of(course)).sections if s.key == "together")
+    content = next(s.content for s in told_by(subject_of(course)).sections if s.key == "together")
     assert [row[1:] for row in content.values.rows] == [
         ("≈ 7.00", "25.0"),
         ("≈ 5.50", "30.0"),
@@ -112,7 +112,7 @@ def test_one_point_and_constant_series_have_no_r_and_the_reason_is_said() -> Non
         "eval/boolq/acc": curve([100, 200, 300], [0.62, 0.62, 0.62]),
         "eval/piqa/acc": curve([300], [0.6]),
     }
-    told = tell(subject_of(Course("made", "a test", curves)))
+    told = told_by(subject_of(Course("made", "a test", curves)))
     content = next(s.content for s in told.sections if s.key == "together")
     assert content.coefficients is None
     said = " ".join(content.conclusions)
@@ -121,7 +121,7 @@ def test_one_point_and_constant_series_have_no_r_and_the_reason_is_said() -> Non
 
 def test_course_without_loss_and_benchmark_has_no_such_section() -> None:
     course = Course("made", "a test", {"train/grad_norm": curve([1, 2], [0.5, 0.4])})
-    assert [s.key for s in tell(subject_of(course)).sections] == []
+    assert [s.key for s in told_by(subject_of(course)).sections] == []
 
 
 def test_import_says_from_where_to_where_each_metric_went() -> None:
@@ -132,7 +132,7 @@ def test_import_says_from_where_to_where_each_metric_went() -> None:
         "perf/mfu_fraction": curve([100], [0.4]),
     }
     course = Course("OLMo", "a CSV file", curves, restarts=(150,))
-    assert tell(subject_of(course)).paragraphs[:2] == [
+    assert told_by(subject_of(course)).paragraphs[:2] == [
         "The numbers come from a CSV file. Training was started anew at step 150.",
         "Validation loss went from 3.1235 nats at step 100 to 2.5000 nats at step 300. PIQA is"
         " 61.0 % at step 300, the only value. Lambada ppl went from 80.50 at step 100 to 43.00 at"

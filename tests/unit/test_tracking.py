@@ -37,8 +37,8 @@ class Notebook:
         self.times.append(unix_seconds)
 
     def rewind(self, step: int) -> None:
-        assert self.can_rewind
-        self.rows = [row for row in self.rows if row[1] < step]
+        if self.can_rewind:
+            self.rows = [row for row in self.rows if row[1] < step]
 
     def flush(self) -> None: ...
 

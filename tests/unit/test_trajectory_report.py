@@ -8,6 +8,7 @@ import re
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -233,12 +234,15 @@ def test_page_is_small(run: Path) -> None:
     assert (run / "report" / "index.html").stat().st_size < 400_000
 
 
-def test_out_names_the_page_and_what_lies_beside_it(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "first.html"
+@pytest.mark.parametrize("name", ["first", "run #3, 50 %? ü"])
+def test_out_names_the_page_and_what_lies_beside_it(run: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "deep" / f"{name}.html"
     assert write_report(run, out=out) == out
-    linked = {str(a["href"]) for tag, a in read_page(out).tags if tag == "a"}
-    assert {path.name for path in out.parent.iterdir()} == linked | {"first.html"}
-    assert "first-training_loss.csv" in linked
+    addresses = [urlsplit(str(a["href"])) for tag, a in read_page(out).tags if tag == "a"]
+    assert not any(address.query or address.fragment for address in addresses)
+    linked = {unquote(address.path) for address in addresses}
+    assert {path.name for path in out.parent.iterdir()} == linked | {out.name}
+    assert f"{name}-training_loss.csv" in linked
 
 
 def test_out_that_is_a_folder_is_refused(run: Path, tmp_path: Path) -> None:

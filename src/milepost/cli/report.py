@@ -65,10 +65,10 @@ def report(
     )
     with _no_search_for_cycles():
         subject = open_subject(request)
-        page, *beside = write_pages(subject, out=out)
+        found = work_out(subject)
+        page, *beside = write_pages(subject, found, out=out)
     if json:
-        statistics = as_numbers(subject, work_out(subject))
-        told = {"summary": numbers(subject), "statistics": statistics}
+        told = {"summary": numbers(subject), "statistics": as_numbers(subject, found)}
         show_json({"report": page, "files": beside} | told)
         return
     if subject.run is not None:

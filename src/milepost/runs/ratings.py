@@ -109,8 +109,11 @@ def rating_in(line: dict[str, Any]) -> RatingRecord | None:
     """The rating that a line of ratings.jsonl holds; None where it holds none."""
     sample_id, rater, time = (line.get(name) for name in ("sample_id", "rater", "time"))
     score, repeat = line.get("score"), line.get("repeat")
+    version = line.get("v", SCHEMA_VERSION)
     is_sound = (
-        all(isinstance(value, str) and value for value in (sample_id, rater, time))
+        isinstance(version, int)
+        and version <= SCHEMA_VERSION
+        and all(isinstance(value, str) and value for value in (sample_id, rater, time))
         and line.get("rater_kind") in ("person", "model")
         and line.get("criterion") in CRITERIA
         and all(isinstance(n, int) and not isinstance(n, bool) for n in (score, repeat))

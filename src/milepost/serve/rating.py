@@ -5,7 +5,6 @@ What a rater may not know (step, sample, run) is not here to be sent: see `round
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -18,20 +17,25 @@ from starlette.exceptions import HTTPException
 
 from milepost.core import console
 from milepost.core.errors import MilepostError, StorageError, UsageError
+from milepost.core.page_text import for_pages
 from milepost.runs.ratings import HIGHEST_SCORE, LOWEST_SCORE, RUBRIC
 from milepost.serve.local import keep_local
 from milepost.serve.rounds import NotInRoundError, Place, RatedElsewhereError, Rounds
 
+_OWN = files("milepost.serve") / "pages"
+
 PAGES = {
-    "/": ("rate.html", "text/html; charset=utf-8"),
-    "/rate.css": ("rate.css", "text/css; charset=utf-8"),
-    "/rate.js": ("rate.js", "text/javascript; charset=utf-8"),
-    "/server.js": ("server.js", "text/javascript; charset=utf-8"),
-    "/kept.js": ("kept.js", "text/javascript; charset=utf-8"),
+    "/": (_OWN / "rate.html", "text/html; charset=utf-8"),
+    "/palette.css": (
+        files("milepost.trajectory") / "templates" / "palette.css",
+        "text/css; charset=utf-8",
+    ),
+    "/rate.css": (_OWN / "rate.css", "text/css; charset=utf-8"),
+    "/rate.js": (_OWN / "rate.js", "text/javascript; charset=utf-8"),
+    "/server.js": (_OWN / "server.js", "text/javascript; charset=utf-8"),
+    "/kept.js": (_OWN / "kept.js", "text/javascript; charset=utf-8"),
 }
 """Address to file and media type."""
-
-_NOT_FOR_PAGES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 class Name(BaseModel):
@@ -89,13 +93,12 @@ def build_app(rounds: Rounds, *, rater: str | None = None) -> FastAPI:
 
 def _for_the_page(place: Place) -> dict[str, Any]:
     texts = {"prompt": place.prompt, "completion": place.completion}
-    return asdict(place) | {name: _NOT_FOR_PAGES.sub("\ufffd", t) for name, t in texts.items()}
+    return asdict(place) | {name: for_pages(t) for name, t in texts.items()}
 
 
 def _add_pages(app: FastAPI) -> None:
-    folder = files("milepost.serve") / "pages"
-    for address, (name, media_type) in PAGES.items():
-        content = (folder / name).read_bytes()
+    for address, (file, media_type) in PAGES.items():
+        content = file.read_bytes()
 
         def page(content: bytes = content, media_type: str = media_type) -> Response:
             return Response(content, media_type=media_type)
@@ -128,7 +131,7 @@ def _add_error_messages(app: FastAPI) -> None:
             for problem in error.errors()
         )
         # A key of the form may be half a character, which UTF-8 has no bytes for.
-        plain = _NOT_FOR_PAGES.sub("\ufffd", problems)
+        plain = for_pages(problems)
         return JSONResponse({"error": plain, "hint": None}, status_code=422)
 
     @app.exception_handler(HTTPException)

@@ -66,7 +66,7 @@ class TrackedEvents:
 
     def tell(self, event: Event) -> None:
         """Tells the tracker of an event, if it is one for it."""
-        if _departs(event) and self._tracker.can_rewind:
+        if _departs(event):
             self._tracker.rewind((event.get("restored_step") or 0) + 1)
         metrics = metrics_of(event)
         is_new = bool(metrics) and _key(event) not in self._told

@@ -47,12 +47,10 @@ class Tracker(Protocol):
     """Where metrics go.
 
     Attributes:
-        can_rewind: whether it can take back what it was told of later steps.
         destination: what tells one collection of metrics from another; a text.
         notice: for people: where to look.
     """
 
-    can_rewind: bool
     destination: str
     notice: str
 
@@ -69,7 +67,7 @@ class Tracker(Protocol):
         """
 
     def rewind(self, step: int) -> None:
-        """Forgets what it was told of this step and later ones; where it can."""
+        """Forgets what it was told of this step and later ones; one that only appends does not."""
 
     def flush(self) -> None:
         """Makes what was logged visible."""
@@ -81,7 +79,6 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run folder, written record by record without TensorFlow or torch."""
 
-    can_rewind = True
     destination = "tensorboard"
 
     def __init__(self, run: TrackedRun) -> None:
@@ -125,8 +122,6 @@ class TensorBoard:
 class Trackio:
     """Hugging Face's trackio: a database on this machine, or a Space where its variables say so."""
 
-    can_rewind = False
-
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
@@ -149,7 +144,7 @@ class Trackio:
         self._run.log(dict(metrics), step=step)
 
     def rewind(self, step: int) -> None:
-        raise NotImplementedError("trackio only appends")
+        """It only appends."""
 
     def flush(self) -> None:
         """It sends by itself."""
@@ -160,8 +155,6 @@ class Trackio:
 
 class Wandb:
     """Weights & Biases, online or as files for `wandb sync`."""
-
-    can_rewind = False
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -196,7 +189,7 @@ class Wandb:
         self._run.log({**metrics, STEP: step, "_timestamp": unix_seconds}, step=row, commit=True)
 
     def rewind(self, step: int) -> None:
-        raise NotImplementedError("wandb only appends")
+        """It only appends."""
 
     def flush(self) -> None:
         """It sends by itself."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from milepost.core.errors import UsageError
 from milepost.core.files import write_atomically
+from milepost.core.page_text import for_pages
 from milepost.trajectory import provenance, rows, summary
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course
@@ -27,6 +28,7 @@ from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.published import USUAL
 from milepost.trajectory.sections.all import tell
 from milepost.trajectory.sections.wording import benchmark_of
+from milepost.trajectory.sections.work import Work, work_out
 from milepost.trajectory.subject import Subject
 from milepost.trajectory.tidy import tidy_table, write_tidy
 
@@ -34,8 +36,6 @@ PAGE_NAME = "index.html"
 RECIPE_NAME = "recipe.toml"
 FOLDER_WITHOUT_RUN = "milepost-report"
 """In the current folder: where a report lies whose subject is no run."""
-
-_NOT_FOR_PAGES = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(run: Path, *, out: Path | None = None) -> Path:
@@ -53,14 +53,16 @@ def write_report(run: Path, *, out: Path | None = None) -> Path:
         CheckpointError: the manifest is damaged, or a record is of a later schema.
         StorageError: the report cannot be written.
     """
-    return write_pages(subject_of_run(collect(run)), out=out)[0]
+    subject = subject_of_run(collect(run))
+    return write_pages(subject, work_out(subject), out=out)[0]
 
 
-def write_pages(subject: Subject, *, out: Path | None = None) -> list[Path]:
+def write_pages(subject: Subject, found: Work, *, out: Path | None = None) -> list[Path]:
     """Writes the report of what was read; returns the page and the files beside it.
 
     Args:
         subject: what to tell.
+        found: what `work_out` found in it.
         out: the page's file; None is the run's own place, or `FOLDER_WITHOUT_RUN` here.
 
     Raises:
@@ -79,11 +81,11 @@ def write_pages(subject: Subject, *, out: Path | None = None) -> list[Path]:
     written = []
     for name, text in files.items():
         written.append(page.with_name(prefix + name))
-        write_atomically(written[-1], _without_controls(text))
+        write_atomically(written[-1], for_pages(text))
     table = tidy_table(subject.courses, run=subject.run)
     written += write_tidy(table, folder=page.parent, prefix=prefix)
     # The page comes last: where it is, what it names is there too.
-    write_atomically(page, render(subject, prefix=prefix))
+    write_atomically(page, render(subject, found, prefix=prefix))
     return [page, *written]
 
 
@@ -93,11 +95,12 @@ def _place(subject: Subject) -> Path:
     return Path(FOLDER_WITHOUT_RUN) / PAGE_NAME
 
 
-def render(subject: Subject, *, prefix: str = "") -> str:
+def render(subject: Subject, found: Work, *, prefix: str = "") -> str:
     """The page as HTML.
 
     Args:
         subject: what to tell.
+        found: what `work_out` found in it.
         prefix: of the names of the files beside it.
     """
     import jinja2
@@ -109,7 +112,7 @@ def render(subject: Subject, *, prefix: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    told = tell(subject)
+    told = tell(subject, found)
     script = _script()
     context = {
         "name": subject.name,
@@ -122,7 +125,7 @@ def render(subject: Subject, *, prefix: str = "") -> str:
         "prefix": prefix,
     }
     context |= _figures(subject) | _records(subject, prefix)
-    return _without_controls(environment.get_template("page.html.jinja").render(context))
+    return for_pages(environment.get_template("page.html.jinja").render(context))
 
 
 def shown_metrics(subject: Subject) -> list[str]:
@@ -238,8 +241,3 @@ def _script() -> str:
     templates = importlib.resources.files("milepost.trajectory") / "templates"
     source = (templates / "hover.js").read_text(encoding="utf-8")
     return re.sub(r"\n\s*", "\n", source)
-
-
-def _without_controls(text: str) -> str:
-    """The text without what neither HTML nor UTF-8 can hold, such as lone surrogates."""
-    return _NOT_FOR_PAGES.sub("�", text)

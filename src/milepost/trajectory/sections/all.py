@@ -19,7 +19,7 @@ from milepost.trajectory.sections.loss_law import loss_law_section
 from milepost.trajectory.sections.rubric import rubric_section
 from milepost.trajectory.sections.spikes import spikes_section
 from milepost.trajectory.sections.together import together_section
-from milepost.trajectory.sections.work import work_out
+from milepost.trajectory.sections.work import Work
 from milepost.trajectory.subject import Section, Subject
 
 
@@ -36,9 +36,9 @@ class Told:
     sections: list[Section]
 
 
-def tell(subject: Subject) -> Told:
-    """The summary and the sections of one page."""
-    run, found = subject.run, work_out(subject)
+def tell(subject: Subject, found: Work) -> Told:
+    """The summary and the sections of one page, in which `work_out` found this."""
+    run = subject.run
     opening = [
         [] if run is None else jump_sentences(run, jumps=found.jumps, odd=found.odd),
         [*rubric_sentences(subject), *together_sentences(subject, pairs=found.pairs)],

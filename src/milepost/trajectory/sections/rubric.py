@@ -11,11 +11,10 @@ from milepost.trajectory.samples import evenly_spread
 from milepost.trajectory.sections.measures import rubric_groups
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import NONE, interval_words, plain, signed
-from milepost.trajectory.statistics.agreement import AVERAGE, AgreementRow, BiasRow
+from milepost.trajectory.statistics.agreement import AVERAGE, COLUMNS, AgreementRow, BiasRow
 from milepost.trajectory.subject import Section, Subject
 from milepost.trajectory.summary import enumerate_words, plural
 
-_COLUMNS = (*CRITERIA, AVERAGE)
 _NAMES = (*(criterion.name for criterion in RUBRIC), "Average")
 
 
@@ -95,7 +94,7 @@ def _agreement_table(rows: Sequence[AgreementRow]) -> TextTable | None:
     for row in rows:
         by_raters.setdefault(row.raters, {})[row.criterion] = row
     told = [
-        (raters, f"{found[AVERAGE].num_samples:,}", *(_alpha(found[name]) for name in _COLUMNS))
+        (raters, f"{found[AVERAGE].num_samples:,}", *(_alpha(found[name]) for name in COLUMNS))
         for raters, found in by_raters.items()
         if any(row.alpha is not None for row in found.values())
     ]
@@ -119,13 +118,13 @@ def _alpha(row: AgreementRow) -> str:
 def _absences(rows: Sequence[AgreementRow]) -> list[str]:
     """A sentence for each comparison without alpha; of all criteria together where it is so."""
     found: dict[tuple[str, str], list[str]] = {}
-    names = dict(zip(_COLUMNS, _NAMES, strict=True))
+    names = dict(zip(COLUMNS, _NAMES, strict=True))
     for row in rows:
         if row.absence is not None:
             found.setdefault((row.raters, row.absence), []).append(names[row.criterion])
     told = []
     for (raters, reason), criteria in found.items():
-        of = "" if len(criteria) == len(_COLUMNS) else f" of {enumerate_words(criteria).lower()}"
+        of = "" if len(criteria) == len(COLUMNS) else f" of {enumerate_words(criteria).lower()}"
         told.append(f"No alpha{of} for {raters}: {reason}.")
     return told
 
@@ -138,7 +137,7 @@ def _bias_table(rows: Sequence[BiasRow]) -> TextTable | None:
         (
             f"{rater}\nagainst {others}",
             f"{found[AVERAGE].num_samples:,}",
-            *(_bias(found[name]) for name in _COLUMNS),
+            *(_bias(found[name]) for name in COLUMNS),
         )
         for (rater, others), found in by_rater.items()
         if any(row.difference is not None for row in found.values())
