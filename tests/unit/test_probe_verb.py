@@ -128,7 +128,7 @@ def test_an_adapter_is_put_on_the_model_and_its_hash_recorded(tmp_path, capsys) 
         (["--question", "b"], 2, "a question or a prompt, not both"),
         (["--top", "0"], 2, "top is 0"),
         (["--max-new-tokens", "-1"], 2, "max_new_tokens is -1"),
-        (["--variants", "none.txt"], 7, "cannot read none.txt"),
+        (["--variants", "none.txt"], 2, "there is no file none.txt"),
         (["--variants", "pyproject.toml"], 2, "not from pyproject.toml"),
     ],
 )
