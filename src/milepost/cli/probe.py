@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,6 +135,7 @@ def _probed(
     from milepost.core.environment import code_version, cpu_name
     from milepost.distributed.devices import count_gpus
     from milepost.evaluation.checkpoints import load_verified
+    from milepost.inference.chat_model import template_of
     from milepost.inference.load import adapter_sha256
     from milepost.posttrain.probe import Provenance, probe
     from milepost.runs.events import utc_now
@@ -150,6 +152,7 @@ def _probed(
         milepost=code_version(),
         time=utc_now(),
     )
+    settings = replace(settings, has_beginning=template_of(checkpoint.found) is None)
     return probe(loaded, variants, settings=settings, provenance=provenance)
 
 

@@ -60,13 +60,18 @@ def load_chat_model(
     return ChatModel(
         decoder=decoder,
         tokenizer=loaded.tokenizer,
-        template=_template(found.folder) or _template(found.base),
+        template=template_of(found),
         folder=found.folder,
         step=found.step,
     )
 
 
-def _template(folder: Path) -> ChatTemplate | None:
+def template_of(found: FoundModel) -> ChatTemplate | None:
+    """How conversations are put to a model; None where its files hold no template."""
+    return _template_in(found.folder) or _template_in(found.base)
+
+
+def _template_in(folder: Path) -> ChatTemplate | None:
     file, settings = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
     if file.is_file():
         return load_template(str(file))
