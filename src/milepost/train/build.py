@@ -356,8 +356,9 @@ def start_segment(
     for field, old, new in opened.overrides:
         parts.events.append("override", field=field, old=old, new=new)
     where = "from the first step" if restored is None else f"goes on from step {restored}"
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     compiled = "compiled" if config.train.compile else "not compiled"
-    say(f"{layout.root}: {where}; {world.size} ranks, {config.train.precision}, {compiled}")
+    say(f"{layout.root}: {where}; {ranks}, {config.train.precision}, {compiled}")
     say(f"{exactness}: {reason}")
     if parts.replay.num_expected:
         say(f"{parts.replay.num_expected} logged steps will be run again and compared")
