@@ -17,6 +17,7 @@ from milepost.trajectory.opening import Request, open_subject
 from milepost.trajectory.report import write_report
 from milepost.trajectory.run_course import course_of
 from milepost.trajectory.sections.before_after import (
+    MAX_LINES_SHOWN,
     MAX_QUESTIONS_SHOWN,
     BeforeAfter,
     before_after_section,
@@ -265,6 +266,7 @@ def test_hostile_answers_stay_text_and_are_cut_to_what_a_page_holds(tmp_path: Pa
             HOSTILE: ((HOSTILE, 9, False), ("", 0, True)),
             "long word": (("x" * 50_000, 9, False), (" \n \n", 2, True)),
             "blank": (("a" + "\n \n" * 900 + "b", 9, False), ("\u202eevil", 1, True)),
+            "list": (("- a\n" * 900, 9, False), ("one", 1, True)),
         },
     )
     page = read_page(write_report(made.layout.root))
@@ -272,7 +274,10 @@ def test_hostile_answers_stay_text_and_are_cut_to_what_a_page_holds(tmp_path: Pa
     assert "</div><script>alert(1)</script>&amp;��[31m" in page.text
     assert "(no text)" in page.words and "(white space only)" in page.words
     assert "… 48,000 more characters" in page.words
-    assert shown(collect(made.layout.root)).asked[2].answers[0].text == "a\n\nb"
+    blank, listed = (asked.answers[0] for asked in shown(collect(made.layout.root)).asked[2:])
+    assert blank.text == "a\n\nb"
+    assert listed.text.splitlines() == ["- a"] * MAX_LINES_SHOWN
+    assert listed.num_cut_characters == 4 * (900 - MAX_LINES_SHOWN) + 1
 
 
 def test_many_questions_stay_within_the_page(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from milepost.trajectory.statistics.paired import score_interval
 from milepost.trajectory.subject import Section
 
 MAX_QUESTIONS_SHOWN = 20
+MAX_LINES_SHOWN = 14
+"""Of an answer; a base that was never taught to stop can write a word a line."""
 
 _NO_ANSWERS = (
     "No questions have been answered yet: both models are asked when the fine-tuning is done."
@@ -114,11 +116,12 @@ def _asked(answer: Answer, *, tuned: str, limit: int) -> Asked:
 
 def _shown(record: dict[str, Any], *, who: str, model: str, limit: int) -> ShownAnswer:
     text = calmed(record["completion"])
+    shown = "\n".join(text[:limit].split("\n")[:MAX_LINES_SHOWN])
     return ShownAnswer(
         who=who,
         model=model,
-        text=text[:limit],
-        num_cut_characters=max(0, len(text) - limit),
+        text=shown,
+        num_cut_characters=len(text) - len(shown),
         length=length_in_words(record),
         repetition=repeats_in_words(record.get("quality")),
     )
