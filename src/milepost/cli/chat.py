@@ -30,7 +30,7 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    Its answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends; /help shows what
+    Answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends; /help shows what
     else can be done on the way, such as /step 400 to go on with another checkpoint. Questions can
     also come through a pipe, one a line.
 
@@ -76,16 +76,15 @@ def chat(
 
     if raw and system is not None:
         raise UsageError("--system needs a template", hint="leave --raw or --system out")
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
 
     def load(wanted: int | None) -> ChatModel:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         found = find_model(model, step=wanted, adapter=adapter)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_chat_model(found, dtype=dtype, device=device)
 
     session = ChatSession(
         load(step),
-        options,
+        SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed),
         is_raw=raw,
         is_silent=json,
         load=load,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from milepost.cli.train import ChildFailed, launch_ranks
-from milepost.core.errors import StopRequested, UsageError
+from milepost.cli.train import end_rank, launch_ranks
+from milepost.core.errors import UsageError
 
 if TYPE_CHECKING:
     from milepost.config.schema import Config
@@ -74,16 +74,9 @@ def finetune(
     def load() -> Config:
         return load_config(model, recipe, overrides, data=data, full=full)
 
-    def load_checked() -> Config:
-        from milepost.posttrain.finetuning import check_finetuning
-
-        config = load()
-        check_finetuning(config)
-        return config
-
     place = read_place(os.environ)
     if place is None:
-        launch_ranks(load_checked, words=words, ranks=ranks)
+        launch_ranks(lambda: _checked(load()), words=words, ranks=ranks)
         return
     config = load()
     # Read by cuBLAS when it starts; without it deterministic products are refused.
@@ -100,20 +93,19 @@ def finetune(
         may_override=override,
         open_subject=open_finetuning,
     )
-    if summary is None or place.rank != 0:
-        return
-    is_stopped = summary["status"] == "stopped"
-    if not is_stopped:
+    if summary is not None and place.rank == 0 and summary["status"] != "stopped":
         answers = compare_answers(run, config=config) if config.finetune.questions else []
         summary["answers"] = [asdict(answer) for answer in answers]
         if answers and not json:
             show_answers(answers)
-    if json:
-        from milepost.core.console import show_json
+    end_rank(place, summary, json=json)
 
-        show_json(summary)
-    if is_stopped and place.started_by == "milepost":
-        raise ChildFailed(StopRequested.exit_code)
+
+def _checked(config: Config) -> Config:
+    from milepost.posttrain.finetuning import check_finetuning
+
+    check_finetuning(config)
+    return config
 
 
 def load_config(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.core.errors import CheckpointError
-from milepost.core.files import read_json, write_json
+from milepost.core.files import read_json_of_version, write_json
 
 SCHEMA_VERSION = 1
 
@@ -65,13 +65,7 @@ def read_answers(path: Path) -> Answers | None:
     """
     if not path.exists():
         return None
-    values = read_json(path, error=CheckpointError)
-    version = values.get("v") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}",
-            hint="use the version of Milepost that made the run, or a later one",
-        )
+    values = read_json_of_version(path, version=SCHEMA_VERSION, error=CheckpointError)
     try:
         fields = _checked(values, dict)
         return Answers(

@@ -66,9 +66,7 @@ def train_as_rank(
     """
     stop = StopSignal()
     die_with_parent(place)
-    check_ranks(place.size, lanes=config.train.lanes)
-    check_trackers(config.tracking.tools)
-    check_optimizer(config.optimizer)
+    _check_means(place, config)
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
         subject = open_subject(config)
@@ -121,6 +119,13 @@ def train_as_rank(
             tracking.start(agreement.config.tracking, events=opened.events)
             parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
+
+
+def _check_means(place: Place, config: Config) -> None:
+    """Refuses what this many ranks, or what is installed, cannot do."""
+    check_ranks(place.size, lanes=config.train.lanes)
+    check_trackers(config.tracking.tools)
+    check_optimizer(config.optimizer)
 
 
 def _make_folder(run: Path) -> None:
