@@ -60,6 +60,27 @@ def test_large_logits_neither_overflow_nor_lose_digits() -> None:
     assert _relative_error(nats, expected_nats) < 1e-6
 
 
+# Sums of exponentials from where nothing is taken out before to where the maximum must be: below
+# 2^-100, between and above 2^100 (69 nats), and far outside of float32; all in one block of rows.
+@pytest.mark.parametrize("shifts", [(-69, 0, 69), (-75, -60, 60, 75), (-400, 0, 400), (88.5, 104)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_the_logits_costs_no_digits(shifts: tuple, dtype: torch.dtype) -> None:
+    hidden, weight, targets = _case(rows=8, vocab=50_257, dtype=dtype)
+    with torch.no_grad():
+        weight[:, 0] = 1.0
+        hidden[:, 0] = torch.tensor([shifts[i % len(shifts)] for i in range(8)])
+    loss, nats = training_loss(hidden, weight, targets, scale=1 / 8, chunk_rows=8)
+    loss.backward()
+    logits = (hidden.detach() @ weight.detach().to(dtype).T).double()  # as the products round
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    # float32 holds logits of this size to 2^-24 of them.
+    bound = 2e-6 * (1 + max(abs(shift) for shift in shifts) / 10)
+    assert (nats.double() - expected).abs().max() < bound
+    slopes = (logits.softmax(1) - F.one_hot(targets, 50_257)) / 8
+    wanted = slopes @ weight.detach().to(dtype).double()
+    assert _relative_error(hidden.grad, wanted) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
 # One rounding to the dtype's mantissa at each of logits, their gradients and the products.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_16_bit_errs_by_its_products_only(dtype: torch.dtype, bound: float) -> None:

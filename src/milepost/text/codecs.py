@@ -63,7 +63,7 @@ class Gpt2Codec:
         )
 
     def encode(self, text: str) -> Ids:
-        arrays = [self._encode_part(part) for part in _parts(text)]
+        arrays = [self._encode_part(part) for part in parts(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def _encode_part(self, part: str) -> Ids:
@@ -83,7 +83,7 @@ class Gpt2Codec:
         return (), ()
 
 
-def _parts(text: str) -> Iterator[str]:
+def parts(text: str) -> Iterator[str]:
     """The text in parts whose ids, one after the other, are the ids of the whole.
 
     GPT-2's pattern never looks back, no piece goes on past a character before white space, and
