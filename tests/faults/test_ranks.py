@@ -67,6 +67,8 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout_and_the_run_goes_on_exactl
     assert "guards.collective_timeout_seconds" in talk
     assert f"rank {1 - rank} stood here:\n" in talk
     assert "\n  train/loop.py:" in talk, "from where it waited"
+    assert f"rank {rank} stands here, the newest call first:\n" in talk
+    assert 'train/loop.py", line ' in talk, "where the frozen one stood"
     assert "Traceback" not in talk
     wait_until_gone(ranks)
     plain.finish(run)

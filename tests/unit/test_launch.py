@@ -60,7 +60,7 @@ def test_a_save_of_the_main_rank_is_waited_for_when_another_rank_has_failed(
     if is_saving:
         mark.touch()
     with StopRequests() as stops:
-        codes = _wait_for_all([main, other], stops=stops, phrases=Phrases(), saving=mark)
+        codes = _wait_for_all([main, other], stops=stops, phrases=Phrases(), marks=tmp_path)
     assert codes == {1: 3, 0: code}
 
 

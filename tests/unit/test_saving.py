@@ -127,6 +127,25 @@ def test_a_failed_write_is_raised_where_training_waits_for_it(
         wait(run.saver)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["weights", "moments"])
+def test_a_state_that_is_not_finite_is_never_written(
+    run: TinyRun, place: str, value: float
+) -> None:
+    run.save_all(1)
+    run.train()
+    tensor = next(reversed(list(run.model.parameters())))
+    if place == "moments":
+        tensor = run.optimizer.state[tensor]["exp_avg_sq"]
+    with torch.no_grad():
+        tensor.view(-1)[-1] = value
+    run.save(2)
+    with pytest.raises(DivergedError, match=r"step 2: .*lm_head\.weight is not finite"):
+        run.saver.finish()
+    assert run.recorded("checkpoint_saved") == [1] and run.train_states() == [1]
+    assert [p.name for p in run.layout.checkpoints.iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("error", [None, DivergedError("not finite"), ValueError("a bug")])
 def test_every_way_out_waits_for_the_save_under_way(
     run: TinyRun, gate: Gate, error: Exception | None

@@ -46,6 +46,10 @@ DATA_VERBS = {
     "inspect": "Show what is in the shards, and which documents a step saw.",
 }
 
+LAB_VERBS = {
+    "resume": "Measure what a restart costs, and which part of it costs what.",
+}
+
 
 def build_app(words: Sequence[str] = ()) -> App:
     """The application with every verb.
@@ -67,6 +71,10 @@ def build_app(words: Sequence[str] = ()) -> App:
     for verb, text in DATA_VERBS.items():
         data.command(f"milepost.cli.data:{verb}", name=verb, help=None if verb in words else text)
     app.command(data)
+    lab = App(name="lab", help="Experiments that are more than one run.")
+    for verb, text in LAB_VERBS.items():
+        lab.command(f"milepost.cli.lab:{verb}", name=verb, help=None if verb in words else text)
+    app.command(lab)
     return app
 
 
@@ -87,7 +95,7 @@ def run(words: Sequence[str]) -> int:
         command_line = {"words": given} if "words" in unparsed else {}
         verb(*arguments.args, **arguments.kwargs, **command_line)
     except CycloptsError as error:
-        known = words and words[0] in {*VERBS, "data"}
+        known = words and words[0] in {*VERBS, "data", "lab"}
         program = f"milepost {words[0]}" if known else "milepost"
         say_error(UsageError(str(error), hint=f"see {program} --help"))
         return UsageError.exit_code

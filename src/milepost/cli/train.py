@@ -13,8 +13,9 @@ from milepost.core.errors import MilepostError, StopRequested, UsageError
 
 if TYPE_CHECKING:
     from milepost.config.schema import Config
+    from milepost.runs.lineage import ParentRequest
 
-OPTIONS = ("run", "ranks", "override", "json", "debug")
+OPTIONS = ("run", "from", "restore", "ranks", "override", "json", "debug")
 """What `train` takes beside overrides, for the hint after a slip of the pen."""
 
 
@@ -30,6 +31,8 @@ def train(
     recipe: str,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     run: Path,
+    from_: Annotated[str | None, Parameter(name="--from")] = None,
+    restore: str | None = None,
     ranks: int | None = None,
     override: bool = False,
     json: bool = False,
@@ -40,14 +43,22 @@ def train(
     Any field of the recipe can be set: `--section.key VALUE`. Stop with Ctrl-C: the run is
     saved, and the same command goes on as if nothing had happened.
 
+    With --from a new run begins with a checkpoint of another one, and any setting may be changed
+    but the architecture: a decay branch, a rewind, a new schedule.
+
     Example: `milepost train corpus-30m --run runs/first --data.path data/corpus`
 
     Parameters
     ----------
     recipe
-        A packaged recipe (demo, corpus-30m, llama-124m, dmas-1.7b) or a .toml file.
+        A packaged recipe (demo, corpus-30m, lab, llama-124m, dmas-1.7b) or a .toml file.
     run
         The run folder.
+    from_
+        RUN:STEP, a checkpoint of another run that a new run begins with; without STEP its latest.
+    restore
+        What --from takes: full (the default), weights, or weights with some of optimizer,
+        schedule (the step) and data (the place in their order), with commas between.
     ranks
         Processes: one a GPU, or one a CPU core. Default: as many as the lanes can use.
     override
@@ -59,6 +70,7 @@ def train(
     """
     from milepost.distributed.place import read_place
 
+    begin_with = _parent_request(from_, restore)
     place = read_place(os.environ)
     if place is None:
 
@@ -76,13 +88,33 @@ def train(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from milepost.train.rank import train_as_rank
 
-    summary = train_as_rank(place, config=config, recipe=recipe, run=run, may_override=override)
+    summary = train_as_rank(
+        place,
+        config=config,
+        recipe=recipe,
+        run=run,
+        may_override=override,
+        begin_with=begin_with,
+    )
     if json and summary is not None and place.rank == 0:
         from milepost.core.console import show_json
 
         show_json(summary)
     if summary is not None and summary["status"] == "stopped" and place.started_by == "milepost":
         raise ChildFailed(StopRequested.exit_code)
+
+
+def _parent_request(from_: str | None, restore: str | None) -> ParentRequest | None:
+    from milepost.runs.lineage import FULL, parse_parent
+
+    if from_ is not None:
+        return parse_parent(from_, restore=FULL if restore is None else restore)
+    if restore is not None:
+        raise UsageError(
+            "--restore says what is taken of another run's checkpoint",
+            hint="add --from RUN:STEP; a run that is continued is always restored in full",
+        )
+    return None
 
 
 def _load_config(recipe: str, overrides: Sequence[str]) -> Config:

@@ -149,11 +149,79 @@ def _decay_belongs_to_wsd(name: str, decay: int | None, warmup: int, total: int)
     return None
 
 
+def _rewarm_is_whole(begin: int | None, length: int, total: int) -> Problem | None:
+    if (begin is None) != (length == 0):
+        given, lacks = ("rewarm_at_step", "rewarm_steps")[:: 1 if length == 0 else -1]
+        return Problem(
+            f"schedule.{given}",
+            f"a second warm-up needs schedule.{lacks} too",
+            "set both, or neither",
+        )
+    if begin is not None and begin >= total:
+        return Problem(
+            "schedule.rewarm_at_step",
+            f"step {begin} is not before total_steps {total}",
+            f"choose at most {total - 1}",
+        )
+    return None
+
+
 def _samples_have_prompts(every: int | None, prompts: tuple[str, ...]) -> Problem | None:
     if every is None or prompts:
         return None
     return Problem(
         "samples.prompts", "samples.every_steps is set but there are no prompts", "give prompts"
+    )
+
+
+def _skips_have_a_limit(nonfinite: str, spike: str, limit: int) -> Problem | None:
+    if limit > 0 or (nonfinite != "skip" and spike != "skip"):
+        return None
+    return Problem(
+        "guards.max_skips_in_a_row",
+        f'0 leaves nothing to guards.{"nonfinite" if nonfinite == "skip" else "spike"} = "skip"',
+        'choose at least 1, or set guards.nonfinite to "stop" and guards.spike to "warn"',
+    )
+
+
+def _rollbacks_have_a_limit(spike: str, limit: int) -> Problem | None:
+    if spike != "rollback" or limit > 0:
+        return None
+    return Problem(
+        "guards.max_rollbacks",
+        '0 leaves nothing to guards.spike = "rollback"',
+        'choose at least 1, or set guards.spike to "warn" or "skip"',
+    )
+
+
+def _checkpoints_suit_rollbacks(
+    spike: str, every: int, window: int, patience: int
+) -> Problem | None:
+    if spike != "rollback":
+        return None
+    if every > window:
+        return Problem(
+            "checkpoint.every_steps",
+            f"a rollback would undo up to {every} steps, guards.spike_window knows {window}",
+            f"choose at most {window}, or a longer guards.spike_window",
+        )
+    if patience > every:
+        return Problem(
+            "guards.spike_patience",
+            f"{patience} spikes in a row may lie over several checkpoints, one every {every} steps",
+            f"choose at most checkpoint.every_steps = {every}",
+        )
+    return None
+
+
+def _patience_leaves_a_level(spike: str, patience: int, window: int) -> Problem | None:
+    # Spikes that were applied are in the window: half of it would be the level.
+    if spike != "rollback" or 2 * patience < window:
+        return None
+    return Problem(
+        "guards.spike_patience",
+        f"{patience} spikes in a row fill half of guards.spike_window = {window}",
+        f"choose at most {(window - 1) // 2}, or a longer window",
     )
 
 
@@ -189,5 +257,24 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
         ),
         _decay_belongs_to_wsd,
     ),
+    (
+        ("schedule.rewarm_at_step", "schedule.rewarm_steps", "train.total_steps"),
+        _rewarm_is_whole,
+    ),
     (("samples.every_steps", "samples.prompts"), _samples_have_prompts),
+    (
+        ("guards.nonfinite", "guards.spike", "guards.max_skips_in_a_row"),
+        _skips_have_a_limit,
+    ),
+    (("guards.spike", "guards.max_rollbacks"), _rollbacks_have_a_limit),
+    (
+        (
+            "guards.spike",
+            "checkpoint.every_steps",
+            "guards.spike_window",
+            "guards.spike_patience",
+        ),
+        _checkpoints_suit_rollbacks,
+    ),
+    (("guards.spike", "guards.spike_patience", "guards.spike_window"), _patience_leaves_a_level),
 )

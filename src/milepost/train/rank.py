@@ -13,13 +13,18 @@ from milepost.config.schema import Config
 from milepost.core.console import say
 from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
 from milepost.core.files import exclusive_lock, storage_errors
+from milepost.distributed.decision import MainRankFailed
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
 from milepost.distributed.reduce import broadcast_json
+from milepost.distributed.watchdog import Watchdog
 from milepost.distributed.world import World, die_with_parent, join_world
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
-from milepost.train.build import Agreement, agree, build, start_segment
+from milepost.runs.lineage import ParentRequest
+from milepost.train.agreement import Agreement, agree
+from milepost.train.build import build, start_segment
+from milepost.train.guarding import GuardStopped
 from milepost.train.installed import check_optimizer
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
@@ -47,6 +52,7 @@ def train_as_rank(
     run: Path,
     may_override: bool,
     open_subject: Callable[[Config], Subject] = open_pretraining,
+    begin_with: ParentRequest | None = None,
 ) -> Summary | None:
     """Trains as one rank of a run until its last step or a stop.
 
@@ -57,6 +63,7 @@ def train_as_rank(
         run: the run folder.
         may_override: take changes that alter the numbers.
         open_subject: opens what is trained, on what; called on every rank.
+        begin_with: the checkpoint of another run that a new run is made from.
 
     Returns:
         What was reached, on the main rank; None on the others.
@@ -66,9 +73,7 @@ def train_as_rank(
     """
     stop = StopSignal()
     die_with_parent(place)
-    check_ranks(place.size, lanes=config.train.lanes)
-    check_trackers(config.tracking.tools)
-    check_optimizer(config.optimizer)
+    _check_settings(config, place=place)
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
         subject = open_subject(config)
@@ -97,13 +102,12 @@ def train_as_rank(
                 identity=subject.identity,
                 resolve=_resolver(world),
                 may_override=may_override,
+                begin_with=begin_with,
             )
         agreement = agree(opened, world=world)
         if agreement.is_finished:
             return _already_done(opened, layout)
-        check_compiler(agreement.config, device=world.device)
-        if agreement.config.train.deterministic:
-            make_deterministic(device=world.device)
+        _prepare_torch(agreement.config, world=world)
         with _memory_errors(agreement.config):
             parts = build(
                 agreement,
@@ -115,12 +119,34 @@ def train_as_rank(
                 saving_mark=place.saving_mark,
             )
         stack.callback(parts.batches.close)
+        _watch_steps(parts, world=world, until=stack)
         if opened is not None:
             say(subject.introduction(agreement.config))
             start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
             tracking.start(agreement.config.tracking, events=opened.events)
             parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
+
+
+def _check_settings(config: Config, *, place: Place) -> None:
+    """Refuses what cannot be trained here, before anything is opened."""
+    check_ranks(place.size, lanes=config.train.lanes)
+    check_trackers(config.tracking.tools)
+    check_optimizer(config.optimizer)
+
+
+def _prepare_torch(config: Config, *, world: World) -> None:
+    check_compiler(config, device=world.device)
+    if config.train.deterministic:
+        make_deterministic(device=world.device)
+
+
+def _watch_steps(parts: LoopParts, *, world: World, until: contextlib.ExitStack) -> None:
+    """Has each step watched where a collective that hangs would end the process without a word."""
+    if world.device.type == "cuda" and world.size > 1:
+        watchdog = Watchdog(world)
+        until.callback(watchdog.close)
+        parts.watching = watchdog.watching
 
 
 def _make_folder(run: Path) -> None:
@@ -165,8 +191,10 @@ def _run_segment(
             was_stopped = run_loop(parts)
     except MilepostError as error:
         _record_failure(parts, error, seconds_before=seconds_before)
-        if isinstance(error, DivergedError):
+        if isinstance(error, GuardStopped):
             _wait_for_main(world)
+            if not world.is_main:
+                raise MainRankFailed(error.exit_code) from error
         raise
     if parts.events is None:
         return {"status": "stopped"} if was_stopped else None

@@ -1,7 +1,8 @@
 """Everything a run's files say, read once into plain tables by step.
 
 Reads what `milepost.runs` defines and changes nothing. Of two entries for a step the later in the
-file counts; a value that is missing, not a number or not finite is None.
+file counts, and none that a rollback undid; a value that is missing, not a number or not finite is
+None.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 from milepost.core.errors import CheckpointError
 from milepost.core.files import read_json_lines
 from milepost.runs.evaluations import EvaluationStore
-from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
+from milepost.runs.events import SCHEMA_VERSION, Event, History, present_events, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
 from milepost.runs.overrides import config_with_overrides
 from milepost.runs.records import read_samples
 from milepost.trajectory.benchmarks import Series, main_series, series_of
 from milepost.trajectory.fields import all_finite, finite, text, whole
+from milepost.trajectory.refused import GUARD_KINDS, Refused, refused_of
 from milepost.trajectory.segments import Segment, segments_of
 
 STEP_FIELDS = (
@@ -49,6 +51,7 @@ TOLD_ELSEWHERE = frozenset(
         "replayed",
         "checkpoint_saved",
         "train_state_dropped",
+        *GUARD_KINDS,
     ]
 )
 """Kinds that have their own place in the report; the others are counted in the summary."""
@@ -113,6 +116,7 @@ class Trajectory:
         num_bad_lines: file name to lines that were skipped because they could not be read.
         other_events: kind to count, of the kinds that have no place of their own.
         batches: step to the hash of its batch, where it is on record.
+        refused: what the guards refused.
     """
 
     layout: RunLayout
@@ -128,6 +132,7 @@ class Trajectory:
     num_bad_lines: dict[str, int]
     other_events: dict[str, int]
     batches: dict[int, str]
+    refused: Refused
 
     @property
     def name(self) -> str:
@@ -163,6 +168,7 @@ def collect(run: Path) -> Trajectory:
     history, num_foreign = _known_events(read_history(layout.events), path=layout.events)
     # What the run is made of now: a page that showed the first recipe would describe another run.
     config = config_with_overrides(manifest.config, history=history)
+    present = History(present_events(history.events), history.num_bad_lines)
     manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
     lines, num_bad_lines = read_json_lines(layout.evaluations)
@@ -177,8 +183,8 @@ def collect(run: Path) -> Trajectory:
     return Trajectory(
         layout=layout,
         manifest=manifest,
-        steps=_table(history.of_kind("step"), STEP_FIELDS),
-        validation=_table(history.of_kind("validation"), VALIDATION_FIELDS),
+        steps=_table(present.of_kind("step"), STEP_FIELDS),
+        validation=_table(present.of_kind("validation"), VALIDATION_FIELDS),
         hellaswag=_table(_hellaswag_scores(benchmarks), HELLASWAG_FIELDS),
         benchmarks=benchmarks,
         left_out_scores=left_out,
@@ -187,7 +193,8 @@ def collect(run: Path) -> Trajectory:
         samples=samples,
         num_bad_lines={name: count for name, count in bad.items() if count},
         other_events=_other_events(history.events),
-        batches=_batches(history.of_kind("step")),
+        batches=_batches(present.of_kind("step")),
+        refused=refused_of(history.events),
     )
 
 

@@ -9,8 +9,10 @@ from statistics import median
 from typing import Any
 
 from milepost.core.units import format_count, format_duration
+from milepost.runs.lineage import FULL, lineage_of, restore_text, restore_words
 from milepost.trajectory.benchmarks import Series, main_series
 from milepost.trajectory.collect import Trajectory
+from milepost.trajectory.refused import refused_sentences
 from milepost.trajectory.segments import Segment
 
 MAX_SEGMENTS_TOLD = 5
@@ -36,13 +38,32 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
         told = "There are no events yet: nothing of this run has been recorded."
         return [" ".join([told, *left_out(trajectory), *_unreadable(trajectory)])]
     written = (
-        [_progress(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
+        [
+            *(_progress(trajectory), *_origin(trajectory)),
+            *(_segments(trajectory.segments), *_stale(trajectory)),
+        ],
         _exactness(trajectory.segments),
+        refused_sentences(trajectory.refused),
         [_validation(trajectory), _speed(trajectory)],
         [*_benchmarks(trajectory), *left_out(trajectory)],
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
     return [" ".join(sentences) for sentences in written if sentences]
+
+
+def _origin(trajectory: Trajectory) -> list[str]:
+    """Where a run began that was made from a checkpoint of another."""
+    lineage = lineage_of(trajectory.manifest.lineage)
+    if lineage is None:
+        return []
+    restored = restore_words(restore_text(lineage.parts))
+    told = f"It began with step {lineage.step:,} of {lineage.run.name}, restored: {restored}."
+    if lineage.changed:
+        fields = enumerate_words(list(lineage.changed))
+        told += (
+            f" Against that run {fields} {'is' if len(lineage.changed) == 1 else 'are'} changed."
+        )
+    return [told]
 
 
 def numbers(trajectory: Trajectory) -> dict[str, Any]:
@@ -70,6 +91,8 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
         "training_seconds": sum(s.training_seconds for s in trajectory.segments),
         "wall_seconds": wall_seconds(trajectory.segments),
         "missing_steps": num_missing(trajectory),
+        "skipped_batches": len(trajectory.refused.skips),
+        "rollbacks": len(trajectory.refused.rollbacks),
         "unreadable_lines": trajectory.num_bad_lines,
     }
 
@@ -208,9 +231,9 @@ def _exactness(segments: Sequence[Segment]) -> list[str]:
         for reason, count in reasons.items()
     ]
     for segment in resumes:
-        if segment.say("restored") in ("weights", "nothing"):
-            what = {"weights": "weights only", "nothing": "nothing"}[str(segment.say("restored"))]
-            told.append(f"Segment {segment.number} restored {what}.")
+        restored = segment.say("restored")
+        if restored not in (None, FULL):
+            told.append(f"Segment {segment.number} restored {restore_words(str(restored))}.")
     return told
 
 
