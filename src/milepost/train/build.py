@@ -97,12 +97,7 @@ def build(
         periodic += _saving(saver, disk_watch, every_steps=config.checkpoint.every_steps)
     events = opened.events if opened is not None else None
     stepper = _stepper(
-        model,
-        optimizer=optimizer,
-        config=config,
-        world=world,
-        end_of_text_id=subject.tokenizer.end_of_text_id,
-        progress=progress,
+        model, optimizer=optimizer, subject=subject, config=config, world=world, progress=progress
     )
     rewinder = Rewinder(
         model,
@@ -162,13 +157,13 @@ def _stepper(
     model: Llama,
     *,
     optimizer: torch.optim.Optimizer,
+    subject: Subject,
     config: Config,
     world: World,
-    end_of_text_id: int,
     progress: Progress,
 ) -> Stepper:
     return Stepper(
-        build_objective(model, config=config, end_of_text_id=end_of_text_id),
+        build_objective(model, config=config, end_of_text_id=subject.tokenizer.end_of_text_id),
         optimizer=optimizer,
         gradients=LaneGradients(model),
         config=config,

@@ -81,9 +81,7 @@ def train_as_rank(
             _make_folder(run)
             stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
             subject.verify()
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_type == "cpu" and place.started_by == "milepost":
-            torch.set_num_threads(1)
+        device_type = _device_type(place)
         # Before the world: it ends after it, so that no other rank waits for a tracker.
         tracking = stack.enter_context(Tracking(layout, stop_requested=stop.is_requested))
         world = stack.enter_context(
@@ -133,6 +131,15 @@ def _check_settings(config: Config, *, place: Place) -> None:
     check_ranks(place.size, lanes=config.train.lanes)
     check_trackers(config.tracking.tools)
     check_optimizer(config.optimizer)
+
+
+def _device_type(place: Place) -> str:
+    """Where this rank computes; on the CPU our own ranks have one thread each."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if place.started_by == "milepost":
+        torch.set_num_threads(1)
+    return "cpu"
 
 
 def _prepare_torch(config: Config, *, world: World) -> None:
