@@ -10,7 +10,18 @@ import argparse
 import os
 import sys
 
-from on_gpu import certificate, contender, evaluate, llama_124m, parity, peers, resume, step, tests
+from on_gpu import (
+    certificate,
+    contender,
+    evaluate,
+    finetune,
+    llama_124m,
+    parity,
+    peers,
+    resume,
+    step,
+    tests,
+)
 from on_gpu.setting import add_shared_arguments, has_gpu
 
 from milepost.core.console import say, say_error
@@ -22,6 +33,7 @@ QUESTIONS = {
     "resume": resume,
     "certificate": certificate,
     "evaluate": evaluate,
+    "finetune": finetune,
     "parity": parity,
     "peers": peers,
     "contender": contender,

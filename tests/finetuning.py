@@ -12,8 +12,9 @@ from typing import Any
 from milepost.cli.finetune import load_config
 from milepost.config.schema import Config
 from milepost.distributed.place import Place
-from milepost.posttrain.compare import Answer, compare_answers
+from milepost.posttrain.compare import compare_answers
 from milepost.posttrain.finetuning import open_finetuning
+from milepost.runs.answers import Answer
 from milepost.train.rank import train_as_rank
 from tests.tiny_models import tiny_model, write_model_folder
 

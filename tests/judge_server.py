@@ -83,7 +83,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         judge = self.judge
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        size = int(self.headers["Content-Length"])
+        sent = self.rfile.read(size)
+        if len(sent) < size:
+            return  # the client has left in the middle
+        body = json.loads(sent)
         fault = judge.take(body, key=self.headers["Authorization"])
         if self.path != "/v1/chat/completions":
             self._send(404, {"detail": "Not Found"})

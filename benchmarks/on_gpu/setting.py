@@ -208,7 +208,8 @@ def peak_share(config: Config, *, tokens_per_second: float, device: torch.device
     gpu = gpu_of_device(torch.cuda.get_device_name(device))
     if gpu is None:
         return None
-    work = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    length = config.data.sequence_length
+    work = flops_per_token(config.model, sequence_length=length, lora=config.lora)
     return tokens_per_second * work / gpu.bf16_flops
 
 

@@ -10,19 +10,14 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import statistics
-import time
 from functools import partial
 from typing import Any
 
 import torch
 
 from milepost.config.schema import Config
-from milepost.data.batch import Batch
-from milepost.data.loader import Loader
-from milepost.planner.memory import estimate_memory
-from milepost.train.schedule import learning_rate
-from milepost.train.step import Stepper
+from milepost.train.pretraining import RunningText
+from on_gpu.measured_steps import measure_steps, planned_bytes
 from on_gpu.setting import (
     Setting,
     new_model,
@@ -30,10 +25,8 @@ from on_gpu.setting import (
     new_stepper,
     open_loader,
     open_setting,
-    peak_share,
     show_row,
     tell,
-    wait,
 )
 
 QUESTION = "speed and memory of a step: microbatches, recompute, determinism"
@@ -70,8 +63,12 @@ def answer(arguments: argparse.Namespace) -> int:
             )
             try:
                 # The stepper and its buffers live as long as the call.
-                measured = _measure(
-                    stepper_of(), loader, config=config, steps=arguments.steps, setting=setting
+                measured = measure_steps(
+                    stepper_of(),
+                    RunningText(loader),
+                    config=config,
+                    steps=arguments.steps,
+                    setting=setting,
                 )
             except torch.OutOfMemoryError:
                 measured = {"fits": False}
@@ -101,7 +98,6 @@ def _variants(setting: Setting, arguments: argparse.Namespace) -> list[Config]:
 
 def _describe(config: Config) -> dict[str, Any]:
     train = config.train
-    planned = estimate_memory(config)
     return {
         "microbatch_rows": train.microbatch_rows,
         "recompute": train.recompute,
@@ -109,42 +105,8 @@ def _describe(config: Config) -> dict[str, Any]:
         "precision": train.precision,
         "compile": train.compile,
         "tokens_per_step": train.global_batch_tokens,
-        "planned_bytes": planned.total_bytes - planned.process_bytes,
+        "planned_bytes": planned_bytes(config),
     }
-
-
-def _measure(
-    stepper: Stepper, loader: Loader, *, config: Config, steps: int, setting: Setting
-) -> dict[str, Any]:
-    device = setting.device
-    seconds, losses = [], []
-    for step in range(steps + 1):
-        batch = loader.batch(step)
-        wait(device)
-        started = time.perf_counter()
-        result = stepper.run_step(
-            Batch.of_tokens(batch),
-            learning_rate=learning_rate(step, config=config),
-            stop_requested=lambda: False,
-        )
-        wait(device)
-        seconds.append(time.perf_counter() - started)
-        losses.append(result.loss_nats)
-        tell(f"update {step}: {seconds[-1]:.3f} s, loss {result.loss_nats:.4f}")
-    median = statistics.median(seconds[1:])
-    rate = config.train.global_batch_tokens / median
-    measured: dict[str, Any] = {
-        "fits": True,
-        "first_step_seconds": seconds[0],
-        "step_seconds": seconds[1:],
-        "tokens_per_second": rate,
-        "share_of_bf16_peak": peak_share(config, tokens_per_second=rate, device=device),
-        "last_loss_nats": losses[-1],
-    }
-    if device.type == "cuda":
-        measured["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
-        measured["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    return measured
 
 
 def _release(setting: Setting) -> None:

@@ -19,7 +19,7 @@ from tests.training import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 STEPS = ("--train.total_steps", "30", "--validation.every_steps", "15")
 
@@ -28,26 +28,25 @@ STEPS = ("--train.total_steps", "30", "--validation.every_steps", "15")
 def test_a_killed_fine_tuning_goes_on_exactly_on_one_rank_and_on_two(
     tmp_path: Path, kind: str
 ) -> None:
-    tuning = Tuning(tmp_path)
+    tuning, full = Tuning(tmp_path), kind != "lora"
     words = (*STEPS, "--finetune.held_out_fraction", "0.3", *({"lora": LORA}.get(kind, ())))
     if kind == "adamw8bit":
         pytest.importorskip("torchao")
-        words = (*words, *LORA, "--optimizer.name", "adamw8bit")
+        # All weights: the additions of a tiny model are too small to be held in 8 bits.
+        words = (*words, "--optimizer.name", "adamw8bit")
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
-    tuning.train_here(undisturbed, *words, full=kind == "full")
+    tuning.train_here(undisturbed, *words, full=full)
     for at_step, ranks in ((4, 2), (13, 1)):
-        process = start_words(
-            tuning.command(run, *words, "--ranks", str(ranks), full=kind == "full")
-        )
-        wait_for_step(run, at_step)
+        process = start_words(tuning.command(run, *words, "--ranks", str(ranks), full=full))
+        wait_for_step(run, at_step, timeout=300)
         assert len(children_of(process.pid)) == ranks
         kill_group(process)
     done = subprocess.run(
-        tuning.command(run, *words, full=kind == "full"),
+        tuning.command(run, *words, full=full),
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert logged_steps(run) == logged_steps(undisturbed)

@@ -16,10 +16,12 @@ import torch
 from milepost.api import answers
 from milepost.api import app as api_app
 from milepost.api.answers import Opened, Piece, Told
+from milepost.core.errors import StorageError
 from milepost.inference.engine import complete
 from milepost.inference.load import LoadedModel, load_model
 from milepost.runs.layout import RunLayout
 from milepost.text.chat_template import Message, encode
+from milepost.text.tokenizer import Tokenizer
 from tests.api_server import CREATED, ApiServer
 from tests.tiny_models import tiny_model, write_model_folder, write_tiny_run
 
@@ -473,3 +475,74 @@ def test_two_conversations_at_once_are_answered_as_if_alone(client) -> None:
     for thread in threads:
         thread.join(WAIT_SECONDS)
     assert found == dict(zip(prompts, [one.choices[0].text for one in alone], strict=True))
+
+
+def test_a_bound_on_new_tokens_is_no_reason_to_refuse_who_asks_for_none(layout) -> None:
+    with ApiServer(layout.root, most_tokens=3) as server:
+        client = server.client()
+        reply = client.completions.create(model="tiny", prompt="The", temperature=0)
+        assert reply.usage.completion_tokens == 3
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 4, this server makes at"):
+            client.completions.create(model="tiny", prompt="The", max_tokens=4)
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_what_is_far_too_long_is_refused_without_being_encoded(
+    server, monkeypatch, field: str
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: pytest.fail("it takes seconds"))
+    text = "a" * 1_000_000
+    path, value = "/completions", text
+    if field == "messages":
+        path, value = "/chat/completions", [{"role": "user", "content": text}]
+    error = server.post(path, {"model": "tiny", field: value}).json()["error"]
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert f"tokens; the model's context is {CONTEXT} tokens" in error["message"]
+    assert "has at least " in error["message"]
+
+
+def test_a_chat_that_leaves_no_room_names_its_messages(server) -> None:
+    messages = [{"role": "user", "content": "z" * CONTEXT}]
+    error = server.post("/chat/completions", {"model": "tiny", "messages": messages}).json()
+    assert error["error"]["param"] == "messages"
+    assert error["error"]["message"].startswith("the conversation has ")
+
+
+def test_a_run_whose_checkpoints_went_away_is_said_to_have_none(tmp_path) -> None:
+    layout = write_tiny_run(tmp_path / "gone", 1)
+    with ApiServer(layout.root) as server:
+        layout.checkpoint(1).rename(tmp_path / "elsewhere")
+        error = server.post("/completions", {"model": "gone", "prompt": "a"}).json()["error"]
+        assert error["message"].endswith("the run 'gone' has no checkpoint now")
+        assert server.client().models.list().data == []
+
+
+def test_an_error_that_names_a_folder_is_for_the_terminal_only(layout, monkeypatch, capsys) -> None:
+    def broken(*given: Any, **named: Any) -> Generator[Told, None, None]:
+        raise StorageError("cannot read /home/someone/runs/tiny")
+        yield
+
+    with ApiServer(layout.root) as server:
+        monkeypatch.setattr(api_app, "answer", broken)
+        answer = server.post("/completions", {"model": "tiny", "prompt": "a"})
+        assert answer.status_code == 500 and "someone" not in answer.text
+        assert "error: cannot read /home/someone/runs/tiny\n" in capsys.readouterr().err
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_transformers(layout, client, loaded) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(layout.checkpoint(200)).eval()
+    ids = [loaded.tokenizer.end_of_text_id, *loaded.tokenizer.encode("The state of the union")]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].float().log_softmax(dim=1)
+    scores = (
+        client.completions.create(model="tiny", prompt=ids, max_tokens=0, logprobs=3, echo=True)
+        .choices[0]
+        .logprobs
+    )
+    own = [float(expected[place, token]) for place, token in enumerate(ids[1:])]
+    # Float32 on both sides, other orders of sums.
+    assert scores.token_logprobs[1:] == pytest.approx(own, abs=1e-4)
+    for place, top in enumerate(scores.top_logprobs[1:]):
+        best = expected[place].topk(3).values.tolist()
+        assert sorted(top.values(), reverse=True)[:3] == pytest.approx(best, abs=1e-4)

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from milepost.cli.finetune import load_config
 from milepost.core.errors import DataError, UsageError
 from milepost.inference.load import load_model
-from milepost.posttrain.instructions import read_conversations
+from milepost.posttrain.instructions import read_conversations, split_held_out
 from milepost.posttrain.sft_rows import build_rows
 from milepost.text.chat_template import ChatTemplate, Message
+from milepost.trajectory.collect import collect
+from milepost.trajectory.finetuning import finetuning_of
 from tests.finetuning import (
     CONTEXT,
     LORA,
@@ -203,6 +205,9 @@ def test_answers_are_recorded_with_the_adapter_and_not_made_twice(
     of_adapter = hashlib.sha256(file.read_bytes()).hexdigest()
     assert [line["adapter"] for line in lines] == [None, None, of_adapter, of_adapter]
     assert [line["step"] for line in lines] == [0, 0, 12, 12]
+    told = finetuning_of(collect(adapted))
+    assert told is not None and told.answers is not None
+    assert list(told.answers.answers) == answers
     assert lines[0]["prompt"].endswith("USER: Who is strong? ASSISTANT:")
     assert [a.before for a in answers] + [a.after for a in answers] == lines
 
@@ -252,6 +257,28 @@ def test_contradictions_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         tuning.config(*words, full=full)
+
+
+def test_a_question_without_a_word_is_refused(tuning: Tuning, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"finetune\.questions holds one without a word"):
+        tuning.train_here(tmp_path / "run", "--finetune.questions", '[" "]', full=True)
+
+
+def test_held_out_conversations_that_do_not_fit_are_left_out_like_others(
+    tuning: Tuning, tmp_path: Path
+) -> None:
+    other = Tuning(tmp_path)
+    long = ("The long union " * 40, "Yes.")
+    write_conversations(other.data, (*QUESTIONS_AND_ANSWERS, long))
+    conversations, _ = read_conversations(str(other.data))
+    _, held_out = split_held_out(conversations, fraction=0.05)
+    assert held_out == conversations[-1:], "choose other words"
+    run = tmp_path / "run"
+    words = ("--finetune.held_out_fraction", "0.05", "--train.stop_at_step", "1")
+    other.train_here(run, *words, full=True)
+    account = json.loads((run / "manifest.json").read_text())["lineage"]["conversations"]
+    assert (account["trained"], account["held_out"]) == (len(QUESTIONS_AND_ANSWERS), 0)
+    assert account["left_out"] == {"too_long": 1}
 
 
 def test_a_question_longer_than_the_context_is_refused_before_the_training(

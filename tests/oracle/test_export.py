@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from milepost.inference.load import load_model
 from milepost.model.llama import Llama
 from milepost.model.lora import add_lora, base_sha256, lora_layers
 from milepost.posttrain.export import Exported, export_model
+from milepost.text.tokenizer import load_tokenizer
 from tests.adapters import save_adapter
 from tests.tiny_models import random_ids, tiny_model, write_model_folder
 
@@ -69,14 +71,66 @@ def test_transformers_reads_a_gguf_with_the_same_logits(
     torch.testing.assert_close(their_logits(tmp_path / "out", gguf_file=file), own, **SAME)
 
 
-def test_transformers_reads_the_tokenizer_of_a_gguf(tmp_path: Path) -> None:
-    own = write_model_folder(tmp_path / "model", tiny_model())
-    exported = export(tmp_path / "model", tmp_path / "out", form="gguf")
-    file = next(name for name in exported.files if name.endswith(".gguf"))
+ODD_TEXTS = (
+    "The state  of the union: 17 people's\n\n naïve €",
+    "",
+    " ",
+    "\t\t x\n \n",
+    "\r\n\r\n",
+    "trail  ",
+    "don't DON'T I'll 's 't ’s",
+    "a\u00a0b\u2028c\x0b\x0c\x1c\x85 z\u200b\u200d",
+    "😀 👩‍👩‍👧 日本語テキスト ١٢٣ ½ Ⅷ ²",
+    "e\u0301 ſt ʼn \ufeff",
+    "\x00\x01\x7f",
+    "<|endoftext",
+    "foo_bar-baz'S",
+    "x" * 200,
+)
+
+
+def random_texts(count: int) -> list[str]:
+    source = random.Random(1)
+    kinds = ((0x20, 0x250), (0x250, 0xD000), (0x1F000, 0x1FAFF), (0x20, 0x21), (0x0A, 0x0B))
+    return [
+        "".join(chr(source.randrange(*source.choice(kinds))) for _ in range(40))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+@pytest.mark.parametrize("kind", ["trained here", "GPT-2"])
+def test_transformers_cuts_odd_text_as_the_model_was_trained(
+    tmp_path: Path, form: str, kind: str
+) -> None:
+    gpt2 = load_tokenizer("gpt2") if kind == "GPT-2" else None
+    vocab_size = 288 if gpt2 is None else gpt2.vocab_size  # eight rows that no token has
+    write_model_folder(tmp_path / "model", tiny_model(vocab_size=vocab_size), tokenizer=gpt2)
+    own = load_tokenizer(str(tmp_path / "model"))
+    exported = export(tmp_path / "model", tmp_path / "out", form=form)
+    file = next((name for name in exported.files if name.endswith(".gguf")), None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=file)
-    text = "The state  of the union: 17 people's\n\n naïve €"
-    assert theirs(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+    for text in (*ODD_TEXTS, *random_texts(200)):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == own.encode(text), text
+        assert theirs.decode(own.encode(text)) == own.decode(own.encode(text)) == text
     assert theirs.eos_token_id == theirs.bos_token_id == own.end_of_text_id
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_rows_that_no_token_has_are_kept_and_never_made_from_text(
+    tmp_path: Path, form: str
+) -> None:
+    model = tiny_model(vocab_size=288)
+    own = write_model_folder(tmp_path / "model", model)
+    exported = export(tmp_path / "model", tmp_path / "out", form=form)
+    file = next((name for name in exported.files if name.endswith(".gguf")), None)
+    more = {} if file is None else {"gguf_file": file}
+    own_logits = logits(rounded(model, torch.bfloat16, norms=torch.bfloat16))
+    assert their_logits(tmp_path / "out", **more).shape == own_logits.shape
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", **more)
+    for text in ("[unused 280]", "[unused 287] [unused 3]"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == own.encode(text) and max(ids) < own.vocab_size
 
 
 def test_transformers_reads_a_sharded_folder_with_the_same_logits(tmp_path: Path) -> None:

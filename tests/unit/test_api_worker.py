@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from milepost.api.inbox import ClientGoneError, Inbox
 from milepost.api.refusals import RefusedError
 from milepost.api.worker import Worker
 from milepost.core.errors import DivergedError, MilepostError
@@ -159,3 +161,36 @@ def test_closing_ends_every_job_and_takes_no_more(worker) -> None:
         assert isinstance(failure, RefusedError) and failure.status == 503
     with pytest.raises(RefusedError, match="shutting down"):
         Gate(worker)
+
+
+class GoneRequest:
+    """A request whose client goes away when the answer has begun."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    async def receive(self) -> dict[str, str]:
+        assert await asyncio.to_thread(self.begun.wait, WAIT_SECONDS)
+        return {"type": "http.disconnect"}
+
+
+def test_a_client_that_goes_before_its_reply_is_begun_frees_its_place(worker) -> None:
+    request, closed = GoneRequest(), threading.Event()
+
+    def steps() -> Generator[Any, None, None]:
+        try:
+            while True:
+                request.begun.set()
+                yield "told to nobody"
+        finally:
+            closed.set()
+
+    async def ask() -> None:
+        inbox = Inbox(worker)
+        inbox.submit(steps(), request=request)  # type: ignore[arg-type]
+        assert await asyncio.to_thread(closed.wait, WAIT_SECONDS)
+        with pytest.raises(ClientGoneError):
+            while True:
+                await inbox.next()
+
+    asyncio.run(ask())

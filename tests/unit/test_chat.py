@@ -136,9 +136,8 @@ def test_at_a_terminal_an_error_is_said_and_the_conversation_goes_on(
     assert "temperature 0.7, top-k off, top-p off, seed 0, max-new-tokens 256" in talk
 
 
-def test_an_interrupt_stops_the_answer_and_not_the_program(
-    model_folder, monkeypatch, capsys
-) -> None:
+def _interrupt_the_third_piece(monkeypatch) -> list[str]:
+    """Ctrl-C when the third piece of an answer was shown; what is shown until then."""
     shown: list[str] = []
     show_piece = console.show_piece
 
@@ -149,10 +148,45 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(console, "show_piece", interrupted)
+    return shown
+
+
+def test_at_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(
+    model_folder, monkeypatch, capsys
+) -> None:
+    shown = _interrupt_the_third_piece(monkeypatch)
+    monkeypatch.setattr(console, "is_terminal", lambda: True)
+    lines = iter(["The state", "of the union", None])
+    monkeypatch.setattr(console, "ask", lambda prompt: next(lines))
     words = (str(model_folder), "--raw", "--max-new-tokens", "8", "--temperature", "0")
-    code, out, talk = _chat(monkeypatch, capsys, ["The state", "of the union"], *words)
+    code, out, talk = _chat(monkeypatch, capsys, [], *words)
     first, second = talk.index("(stopped after "), talk.index("(cut off after 8 tokens")
     assert code == 0 and first < second and out.startswith("".join(shown[:3]) + "\n")
+
+
+def test_through_a_pipe_an_interrupt_ends_the_program(model_folder, monkeypatch, capsys) -> None:
+    shown = _interrupt_the_third_piece(monkeypatch)
+    words = (str(model_folder), "--raw", "--max-new-tokens", "8", "--temperature", "0")
+    code, out, _ = _chat(monkeypatch, capsys, ["The state", "of the union"], *words)
+    assert code == 130 and out == "".join(shown) and len(shown) == 3
+
+
+def test_a_line_that_is_no_text_is_refused(model_folder, monkeypatch, capsys) -> None:
+    for errors in ("strict", "surrogateescape"):
+        lines = io.TextIOWrapper(io.BytesIO(b"caf\xff\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert run(["chat", str(model_folder)]) == 3
+        assert "error: standard input is not utf-8\nhint: " in capsys.readouterr().err
+
+
+def test_a_template_among_the_tokenizers_settings_is_used(
+    model_folder, monkeypatch, capsys
+) -> None:
+    file = model_folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"chat_template": VICUNA_JINJA}
+    file.write_text(json.dumps(settings))
+    _, _, talk = _chat(monkeypatch, capsys, [], str(model_folder))
+    assert "chat template" not in talk
 
 
 def test_a_model_cannot_steer_the_terminal(model_folder, monkeypatch, capsys) -> None:

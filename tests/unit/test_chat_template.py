@@ -217,6 +217,8 @@ def test_a_template_that_does_not_parse_is_refused(source: str, says: str) -> No
         "{{ nothing.at.all }}",
         "{{ 1 / 0 }}",
         "{% for i in range(1000000000) %}{% endfor %}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'a'.encode('nothing') }}",
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_refused(source: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from milepost.checkpoint.tensor_files import write_tensors
 from milepost.cli.main import run
 from milepost.core.errors import UsageError
 from milepost.inference.load import load_model
@@ -21,10 +22,8 @@ from milepost.model.lora import add_lora, base_sha256
 from milepost.model.rope import rope_tables, rotate
 from milepost.posttrain.gguf_tokenizer import gguf_tokenizer, plain_template
 from milepost.posttrain.modelfile import modelfile
+from milepost.posttrain.parity import fixed_ids
 from milepost.posttrain.weight_shards import plan_shards
-from milepost.runs.evaluations import Conditions, EvaluationRecord, EvaluationStore, Weights
-from milepost.runs.events import EventWriter
-from milepost.runs.layout import RunLayout
 from milepost.text.chat_template import DEFAULT_SYSTEM, VICUNA_JINJA, ChatTemplate, Message
 from milepost.text.tokenizer import load_tokenizer
 from tests.adapters import save_adapter
@@ -112,8 +111,26 @@ def test_a_fault_in_what_was_written_is_seen_and_leaves_nothing(
 
     monkeypatch.setattr("milepost.posttrain.gguf_file.to_gguf_rows", unturned)
     assert export(model_folder, "--format", "gguf") == 4
-    assert "the export does not say what the model says" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the export does not hold what the model holds: model.layers.0.self_attn.q_proj" in said
     assert left_beside(model_folder.parent) == ["model"]
+
+
+def test_one_row_that_was_written_wrong_is_seen_though_no_fixed_token_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = write_model_folder(tmp_path / "model", tiny_model(tie_word_embeddings=False))
+    used = fixed_ids(tokenizer, model=tiny_section()).unique().tolist()
+    unused = next(number for number in range(280) if number not in used)
+
+    def with_a_fault(path: Path, tensors: dict[str, Tensor], **more: Any) -> None:
+        tensors["model.embed_tokens.weight"][unused, 0] += 1
+        write_tensors(path, tensors, **more)
+
+    monkeypatch.setattr("milepost.posttrain.weight_shards.write_tensors", with_a_fault)
+    assert export(tmp_path / "model") == 4
+    assert "embed_tokens.weight was read back with other values" in capsys.readouterr().err
+    assert left_beside(tmp_path) == ["model"]
 
 
 def too_coarse() -> torch.nn.Module:
@@ -188,6 +205,14 @@ def test_a_size_that_is_none_is_refused(
     assert "is no size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["gguf", "adapter"])
+def test_a_size_of_shards_is_refused_where_there_are_none(
+    model_folder: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(model_folder, "--format", form, "--max-shard-size", "1GB") == 2
+    assert f"--format {form} writes one file" in capsys.readouterr().err
+
+
 def test_gguf_without_its_package_says_what_to_install(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,52 +241,6 @@ def test_the_control_tokens_of_a_strangers_config_stay_and_code_does_not(
     written = json.loads((model_folder.parent / "out" / "config.json").read_text())
     assert (written["eos_token_id"], written["pad_token_id"]) == ([0, 7], 5)
     assert "auto_map" not in written
-
-
-def test_the_card_says_what_the_records_say(model_folder: Path, tmp_path: Path) -> None:
-    assert run(["import", str(model_folder), "--run", str(tmp_path / "run"), "--step", "40"]) == 0
-    layout = RunLayout(tmp_path / "run")
-    events = EventWriter(layout.events, segment=1)
-    events.append("segment_started", ranks=2, device="a plain processor")
-    events.append("step", step=40, tokens_seen=81_920)
-    events.append("validation", step=40, loss_nats=3.25, bits_per_byte=1.125, tokens=600)
-    EvaluationStore(tmp_path / "run").add(score_at(40), [])
-    EvaluationStore(tmp_path / "run").add(score_at(20), [])
-    assert export(tmp_path / "run", "--format", "hf") == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    for said in (
-        "step 40 of 1,040 of the run `run`",
-        "| tokens seen | 81,920 |",
-        "| trained on | 2 x a plain processor |",
-        "| validation loss | | | 3.2500 nats per token |",
-        "| hellaswag acc | 5 | 100 | 0.4000 ± 0.0500 |",
-        "| weights | bfloat16 |",
-        "## License\n\nNot stated.",
-    ):
-        assert said in card
-    assert card.count("hellaswag") == 1, "a score of another step"
-
-
-def score_at(step: int) -> EvaluationRecord:
-    return EvaluationRecord(
-        weights=Weights(f"{step}", "0", step, None),
-        conditions=Conditions("hellaswag", "p", 5, None, "0", "float32"),
-        n=100,
-        metrics={"acc": {"value": 0.4, "stderr": 0.05}},
-        chance=0.25,
-        majority=0.26,
-        num_truncated=0,
-        device="cpu",
-        ranks=1,
-        seconds=1.0,
-        milepost="0",
-        time="2026-01-01T00:00:00.000Z",
-    )
-
-
-def test_a_model_of_no_run_says_so(model_folder: Path) -> None:
-    assert export(model_folder) == 0
-    assert "no record says" in (model_folder.parent / "out" / "README.md").read_text()
 
 
 def test_an_adapter_is_asked_for_where_there_is_none(

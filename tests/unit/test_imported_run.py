@@ -111,6 +111,10 @@ def test_the_run_says_where_it_comes_from_and_is_whole(model_folder: Path) -> No
         (["--step", "500", "--train.total_steps", "500"], 2, "the import begins at step 500"),
         (["--train.lane", "4"], 2, "train.lanes"),
         (["--step=-1"], 2, "--step is -1"),
+        (["--lora.rank", "4"], 2, "are settings of milepost finetune"),
+        (["--finetune.base", "x"], 2, "are settings of milepost finetune"),
+        (["--optimizer.name", "adamw8bit"], 2, "begins with the moments of adamw"),
+        (["--data.path", "data"], 2, "give --data data in place of --data.path"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_and_leave_nothing(
@@ -153,6 +157,15 @@ def test_a_pickle_is_refused_and_never_read(
     assert import_(model_folder) == 4
     assert "a pickle, which can run code when read" in capsys.readouterr().err
     assert not marker.exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_what_to_do(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model_folder / "tokenizer.json").rename(model_folder / "tokenizer.model")
+    assert import_(model_folder) == 2
+    said = capsys.readouterr().err
+    assert "has no tokenizer.json" in said and "AutoTokenizer" in said
 
 
 def test_data_of_another_tokenizer_is_refused(

@@ -97,6 +97,16 @@ def test_a_system_message_and_several_turns_are_kept(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
+def test_a_system_field_is_the_system_message_of_any_form(tmp_path: Path, rows: list[Any]) -> None:
+    write_lines(
+        tmp_path / "a.jsonl", [rows[0] | {"system": "Be brief. "}, rows[1] | {"system": ""}]
+    )
+    (first, second), _ = read_conversations(str(tmp_path / "a.jsonl"))
+    assert first.messages == (Message("system", "Be brief."), *WANTED[0])
+    assert second.messages == WANTED[1]
+
+
 def test_an_empty_system_message_is_none(tmp_path: Path) -> None:
     row = {"messages": [{"role": "system", "content": " "}, *MESSAGES[0]["messages"]]}
     write_lines(tmp_path / "a.jsonl", [row])
@@ -110,6 +120,12 @@ def said(*turns: tuple[Any, Any]) -> dict[str, Any]:
 
 def answered(instruction: Any, output: Any, **more: Any) -> dict[str, Any]:
     return {"instruction": instruction, "output": output} | more
+
+
+def called(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose last message calls tools."""
+    *turns, last = row["messages"]
+    return row | {"messages": [*turns, last | {"tool_calls": [{"id": 1}]}]}
 
 
 UNUSABLE: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -157,6 +173,12 @@ UNUSABLE: dict[str, tuple[dict[str, Any], str, str]] = {
         "no_answer",
         "it ends with a question",
     ),
+    "history": (
+        answered("a", "b", history=[["c", "d"]]),
+        "unread_field",
+        'it has \'history\': [["c", "d"]]',
+    ),
+    "tool-calls": (called(MESSAGES[0]), "unread_field", "it has 'tool_calls': [{\"id\": 1}]"),
     "empty-turn": (
         said(("user", "a"), ("assistant", None), ("user", "c"), ("assistant", "d")),
         "no_answer",
@@ -178,6 +200,13 @@ def test_a_row_that_cannot_be_used_is_left_out_and_counted(
     assert [drop.line for drop in ledger.drops] == [2, 4]
     assert what in ledger.drops[0].what
     assert ledger.summary() == f"2 of 4 rows used; left out: 2 {REASONS[reason]}"
+
+
+def test_bytes_are_no_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [answered("a", b"b"), answered("a", b"c")])
+    with pytest.raises(DataError, match="2 with a message that is not text") as caught:
+        read_conversations(str(tmp_path / "a.parquet"))
+    assert str(caught.value.hint).endswith("field 'output' is of type bytes, not a text")
 
 
 def test_a_ledger_as_a_record_counts_all_and_lists_the_first() -> None:

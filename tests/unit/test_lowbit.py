@@ -17,6 +17,7 @@ from milepost.core.errors import CheckpointError, UsageError
 from milepost.model.llama import Llama
 from milepost.model.lora import LORA_TARGETS, add_lora
 from milepost.runs.layout import RunLayout
+from milepost.train.code_table import make_table
 from milepost.train.optimizer import (
     build_optimizer,
     moments_by_name,
@@ -103,6 +104,40 @@ def test_training_that_is_continued_gives_the_same_bits(
     second.update(to=6)
     assert_equal(second.weights, whole.weights)
     assert_equal(second.moments(), whole.moments())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_code_is_torchaos_for_every_kind_of_number(signed: bool) -> None:
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    qmap = OptimState8bit.zeros((4096,), signed=signed).qmap
+    halves = (qmap[1:] + qmap[:-1]) / 2
+    above, below = torch.tensor(2.0), torch.tensor(-2.0)
+    near = [torch.nextafter(x, way) for x in (qmap, halves) for way in (above, below)]
+    drawn = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    small = drawn[:50_000] * 10.0 ** torch.arange(-9, 1).repeat(5000)
+    numbers = torch.cat([qmap, halves, *near, drawn, small, torch.tensor([0.0, -0.0])])
+    numbers = numbers.clamp(-1, 1) if signed else numbers.abs().clamp(max=1)
+    wanted = quantize_8bit_with_qmap(numbers, qmap)
+    assert torch.equal(make_table(qmap).look_up(numbers), wanted)
+    assert len(wanted.unique()) == 256
+
+
+@pytest.mark.parametrize("lora_rank", [None, 64])
+def test_an_update_is_torchaos_own_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, lora_rank: int | None
+) -> None:
+    from torchao.optim import AdamW8bit
+
+    ours, theirs = (Training(lora_rank=lora_rank) for _ in range(2))
+    ours.update(to=5)
+    with torch.compiler.set_stance("force_eager"):
+        monkeypatch.setattr(type(theirs.optimizer), "step", AdamW8bit.step)
+        theirs.update(to=5)
+    assert_equal(ours.weights, theirs.weights)
+    assert_equal(ours.moments(), theirs.moments())
+    assert any(name.startswith("exp_avg_codes.") for name in ours.moments())
 
 
 def test_what_is_restored_shares_no_memory_with_what_was_read() -> None:

@@ -215,7 +215,8 @@ def test_lora_trains_its_additions_and_keeps_what_they_need() -> None:
     config = recipe("sft-alpaca")
     assert count_additions(config.model, lora=config.lora) == 160_432_128  # section IV.B
     assert count_trained(config) == 160_432_128
-    whole = recipe("sft-alpaca", "--lora.rank", "none", "--optimizer.name", "adamw")
+    whole_words = ("--lora.rank", "none", "--optimizer.name", "adamw")
+    whole = recipe("sft-alpaca", *whole_words)
     assert count_trained(whole) == DMAS_PARAMETERS
     needed, of_whole = estimate_memory(config), estimate_memory(whole)
     assert needed.weights_bytes == of_whole.weights_bytes + 4 * 160_432_128
@@ -223,6 +224,13 @@ def test_lora_trains_its_additions_and_keeps_what_they_need() -> None:
     assert needed.optimizer_bytes == 2 * (160_432_128 + 4 * 160_432_128 // 256)
     assert of_whole.optimizer_bytes == 8 * DMAS_PARAMETERS
     assert estimate_disk(config).train_state_bytes == needed.optimizer_bytes
+    stored = [
+        recipe("sft-alpaca", "--train.recompute", "none", *words) for words in ((), whole_words)
+    ]
+    ours, theirs = map(estimate_memory, stored)
+    tokens, layers = 4 * 1024, 36
+    assert ours.activations_bytes - theirs.activations_bytes == tokens * layers * 2 * 128 * 7
+    assert ours.casts_bytes - theirs.casts_bytes == 2 * 160_432_128
     sizes = {"sequence_length": 1024}
     whole_flops = flops_per_token(config.model, **sizes)
     flops = flops_per_token(config.model, **sizes, lora=config.lora)
@@ -235,6 +243,16 @@ def test_devices_are_known_by_the_drivers_exact_name() -> None:
     assert known is not None
     assert known.name == "h100"
     assert gpu_of_device("NVIDIA GeForce RTX 4080") is None
+
+
+def test_the_papers_tuning_fits_24_gigabytes_with_room_and_has_its_32_times_16() -> None:
+    config = recipe("sft-alpaca")
+    rows = config.train.microbatch_rows
+    assert (rows, config.rows_per_step // rows) == (4, 16)  # about 8 conversations to a row
+    assert estimate_memory(config).total_bytes < 12 * GIBIBYTE
+    stored = estimate_memory(recipe("sft-alpaca", "--train.recompute", "none")).total_bytes
+    memory_bytes = find_gpu("rtx4090").memory_bytes
+    assert 0.9 * memory_bytes < stored < memory_bytes  # no room to speak of
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

@@ -161,6 +161,10 @@ def test_a_json_file_has_prompts_and_questions(tmp_path: Path) -> None:
         ("v.jsonl", b'{"prompt": "a", "question": "a"}', "has not one of prompt and question"),
         ("v.jsonl", b'{"prompt": "a", "system": "b"}', "has a system sentence beside a prompt"),
         ("v.jsonl", b'{"prompt": "a", "name": "line 2"}\n{"prompt": "b"}', "two variants named"),
+        ("v.jsonl", b'{"prompt": "a", "name": " "}', "v.jsonl:1 has an empty name"),
+        ("v.jsonl", b'{"prompt": "a \\ud83d"}', "v.jsonl:1 holds a lone surrogate"),
+        ("v.jsonl", b'{"question": "a\\u0000"}', "v.jsonl:1: a message of the user holds a NUL"),
+        ("v.txt", b"a\nb\na\n", "the variants 'line 1' and 'line 3' are the same prompt"),
         ("v.csv", b"a", "not from v.csv"),
     ],
 )
@@ -169,6 +173,14 @@ def test_a_file_out_of_form_is_refused(tmp_path: Path, name, content, message) -
     with pytest.raises(MilepostError, match=message) as caught:
         read_variants(tmp_path / name)
     assert caught.value.exit_code == (2 if name == "v.csv" else 3)
+
+
+@pytest.mark.parametrize(("name", "line"), [("v.txt", "The "), ("v.jsonl", '{"prompt": "The "}')])
+def test_the_mark_that_some_editors_put_before_a_text_is_no_part_of_it(
+    tmp_path: Path, name: str, line: str
+) -> None:
+    (tmp_path / name).write_text(line, encoding="utf-8-sig")
+    assert read_variants(tmp_path / name) == [Variant("line 1", "The ")]
 
 
 def test_divergences_are_those_of_each_prompt_alone(loaded: LoadedModel) -> None:

@@ -10,9 +10,12 @@ import torch
 
 from milepost.cli.main import run
 from milepost.core.files import sha256_of_file
+from milepost.inference.load import load_model
 from milepost.model.lora import add_lora, base_sha256, lora_layers
+from milepost.posttrain.probe import next_token_log_probabilities
 from milepost.runs.layout import RunLayout
 from milepost.runs.probes import read_probes
+from milepost.text.chat_template import load_template
 from milepost.text.tokenizer import Tokenizer
 from tests.adapters import save_adapter
 from tests.tiny_models import tiny_model, write_model_folder, write_tiny_run
@@ -96,6 +99,24 @@ def test_a_foreign_model_is_probed_with_the_papers_question(tmp_path, gpt2: Toke
     assert not (tmp_path / "probes.jsonl").exists()
 
 
+def test_before_a_tuned_model_s_prompt_stands_nothing_as_in_its_training(tmp_path, capsys) -> None:
+    write_model_folder(tmp_path, tiny_model())
+    words = ["probe", str(tmp_path), "--prompt", "The", "--max-new-tokens", "1", "--json"]
+    entropies = {}
+    for template in (None, load_template("vicuna-1.1").source):
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        assert run(words) == 0
+        base, *_ = json.loads(capsys.readouterr().out)["probes"]
+        entropies[base["decoding"]["bos"]] = base["entropy_nats"]
+    loaded = load_model(tmp_path)
+    for has_beginning, entropy in entropies.items():
+        ids = [loaded.tokenizer.beginning_id] * has_beginning + loaded.tokenizer.encode("The")
+        log_p = next_token_log_probabilities(loaded, [ids])[0]
+        assert entropy == pytest.approx(-(log_p.exp() * log_p).sum().item(), abs=1e-6)
+    assert set(entropies) == {True, False} and abs(entropies[True] - entropies[False]) > 1e-4
+
+
 def test_an_adapter_is_put_on_the_model_and_its_hash_recorded(tmp_path, capsys) -> None:
     model = tiny_model()
     write_model_folder(tmp_path / "base", model)
@@ -128,7 +149,7 @@ def test_an_adapter_is_put_on_the_model_and_its_hash_recorded(tmp_path, capsys) 
         (["--question", "b"], 2, "a question or a prompt, not both"),
         (["--top", "0"], 2, "top is 0"),
         (["--max-new-tokens", "-1"], 2, "max_new_tokens is -1"),
-        (["--variants", "none.txt"], 7, "cannot read none.txt"),
+        (["--variants", "none.txt"], 2, "there is no file none.txt"),
         (["--variants", "pyproject.toml"], 2, "not from pyproject.toml"),
     ],
 )

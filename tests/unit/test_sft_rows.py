@@ -15,7 +15,7 @@ from milepost.model.loss import token_nats
 from milepost.posttrain.first_fit import first_fit
 from milepost.posttrain.instructions import Conversation
 from milepost.posttrain.ledger import Ledger
-from milepost.posttrain.sft_rows import NOT_TRAINED, PADDING, SftRows, build_rows
+from milepost.posttrain.sft_rows import NOT_TRAINED, PADDING, SftRows, build_rows, check_rows
 from milepost.text.chat_template import ChatTemplate, Message, vicuna
 from milepost.text.tokenizer import Tokenizer
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -67,6 +67,18 @@ def build(
     )
 
 
+def check(
+    conversations: list[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int = 40,
+    template: ChatTemplate = SHORT,
+) -> None:
+    check_rows(
+        conversations, template=template, tokenizer=tokenizer, sequence_length=sequence_length
+    )
+
+
 def test_a_row_predicts_the_answer_and_its_end_and_nothing_else(tokenizer: Tokenizer) -> None:
     rows, _ = build([conversation("the", "of the")], tokenizer, sequence_length=16)
     prompt = tokenizer.encode("the A:")
@@ -106,7 +118,7 @@ def test_a_conversation_may_fill_a_row_to_the_last_position(
     one = [conversation("the", "of the")]
     if num_rows is None:
         with pytest.raises(DataError, match="none of 1 conversations fits a row of") as caught:
-            build(one, tokenizer, sequence_length=len(ids) + room)
+            check(one, tokenizer, sequence_length=len(ids) + room)
         assert f"{len(ids)} tokens in a row of {len(ids) - 1}" in str(caught.value.hint)
         return
     rows, ledger = build(one, tokenizer, sequence_length=len(ids) + room)
@@ -221,15 +233,68 @@ def test_a_batch_may_be_larger_than_all_rows(tokenizer: Tokenizer) -> None:
         "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
         "{{ eos_token }}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ eos_token }}{{ m.content }}{% endgeneration %}"
+        "{% endfor %}",
+        "{% for m in messages %}{{ m.role }}{% generation %}{{ eos_token }}{{ m.content }}"
+        "{% endgeneration %}{% endfor %}",
     ],
-    ids=["no-marks", "end-outside"],
+    ids=["no-marks", "end-outside", "end-before-all", "end-before"],
 )
 def test_a_template_that_does_not_train_the_end_is_refused(
     tokenizer: Tokenizer, source: str
 ) -> None:
     template = ChatTemplate(source, name="mine.jinja")
     with pytest.raises(UsageError, match=r"template mine.jinja .* would never learn to stop"):
-        build(several(2), tokenizer, template=template)
+        check(several(2), tokenizer, template=template)
+
+
+ENDS_THE_LAST = ChatTemplate(
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    name="last.jinja",
+)
+REFUSES_THE_STATE = ChatTemplate(
+    "{% if messages[0].content == 'the state' %}{{ raise_exception('no politics') }}{% endif %}"
+    + SHORT.source,
+    name="careful.jinja",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "odd", "reason", "what"),
+    [
+        (
+            ENDS_THE_LAST,
+            conversation("a", "b", "c", "d", line=2),
+            "never_ends",
+            "1 of 2 answers have an end-of-text token",
+        ),
+        (
+            REFUSES_THE_STATE,
+            conversation("the state", "b", line=2),
+            "refused",
+            "the chat template careful.jinja refuses this conversation: no politics",
+        ),
+    ],
+)
+def test_what_a_template_cannot_put_is_left_out_and_counted(
+    tokenizer: Tokenizer, template: ChatTemplate, odd: Conversation, reason: str, what: str
+) -> None:
+    one = conversation("a", "b")
+    check([odd, one], tokenizer, template=template)
+    rows, ledger = build([odd, one], tokenizer, template=template)
+    assert rows.num_conversations == 1
+    assert ledger.counts == {reason: 1}
+    assert (ledger.drops[0].line, ledger.drops[0].what) == (2, what)
+    with pytest.raises(DataError, match="none of 1 conversations can be used: 1 ") as caught:
+        check([odd], tokenizer, template=template)
+    assert caught.value.hint == f"the first one, a.jsonl:2: {what}"
+
+
+def test_rows_of_nothing_are_none(tokenizer: Tokenizer) -> None:
+    rows, ledger = build([conversation("q", "the union " * 50)], tokenizer)
+    assert (rows.num_rows, rows.num_conversations, ledger.num_used) == (0, 0, 0)
 
 
 def test_vicunas_rows_decode_to_its_text(tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from milepost.core.errors import DivergedError, UsageError
 from milepost.inference.decoder import FastDecoder
 from milepost.inference.engine import complete
+from milepost.inference.packed_weight import packed
 from milepost.inference.sampling import Decoding
 from milepost.inference.screened_head import ScreenedHead
 from milepost.inference.stream import SamplingOptions, stream_text, stream_tokens
@@ -75,6 +76,44 @@ def test_the_fast_decoder_leaves_the_model_as_it_computes() -> None:
     assert torch.equal(model(ids), before)
 
 
+def _screened(weight: torch.Tensor) -> ScreenedHead:
+    head = ScreenedHead.of(weight)
+    if head is None:
+        pytest.skip("this machine has no fast products of bytes")
+    return head
+
+
+@pytest.mark.parametrize("vocab_size", [991, 992, 993])
+def test_the_screened_head_finds_the_largest_logit_where_all_are_negative(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = 1 + 0.1 * torch.randn(vocab_size, 64, generator=generator)
+    hidden = -1 + 0.1 * torch.randn(50, 64, generator=generator)
+    logits = hidden @ weight.t()
+    assert logits.max() < -40
+    assert _screened(weight).likeliest(hidden) == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_products_of_bytes_the_tokens_are_the_same(monkeypatch, dtype) -> None:
+    expected = _tokens(tiny_model(), compute_dtype=dtype)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert ScreenedHead.of(torch.ones(64, 32)) is None
+    fast = FastDecoder(tiny_model(), compute_dtype=dtype, vocab_size=VOCAB_SIZE)
+    assert _tokens(fast) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 17])
+def test_a_packed_weight_multiplies_as_the_weight(dtype, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(101, 64, generator=generator).to(dtype)
+    rows = torch.randn(num_rows, 64, generator=generator).to(dtype)
+    # Sums of 64 products in another order; in bfloat16 rounded to 8 bits once.
+    rtol, atol = (8e-3, 1e-4) if dtype == torch.bfloat16 else (1e-5, 1e-5)
+    expected = (rows.double() @ weight.double().t()).to(dtype)
+    torch.testing.assert_close(packed(weight)(rows), expected, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1e-3, 0.02, 1.0])
 def test_the_screened_head_finds_the_largest_logit(dtype, spread: float) -> None:
@@ -83,8 +122,7 @@ def test_the_screened_head_finds_the_largest_logit(dtype, spread: float) -> None
     weight[500:520] = weight[30:50]  # of equal logits the first
     hidden = torch.randn(300, 64, generator=generator).to(dtype)
     hidden[:20] = weight[510] / spread
-    head = ScreenedHead.of(weight)
-    assert head is not None
+    head = _screened(weight)
     logits = (hidden.double() @ weight.double().t()).to(dtype).float()
     for start, stop in ((0, 1), (0, 8), (8, 300)):
         found = head.likeliest(hidden[start:stop])

@@ -18,6 +18,7 @@ from milepost.text import codecs
 from milepost.text.byte_level import gpt2_ranks, gpt2_tokenizer_json, gpt2_vocab
 from milepost.text.codecs import JsonCodec
 from milepost.text.tokenizer import GPT2_SHA256, Tokenizer, load_tokenizer, train_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 HOSTILE = [
     "",
@@ -317,3 +318,10 @@ def test_what_stands_around_a_text_is_read_from_the_files(
     assert tokenizer.ids_around == ids_around
     assert tokenizer.beginning_id == beginning_id
     assert tokenizer.encode("a b </s>") == [1, 2, 0]
+
+
+def test_a_text_never_takes_fewer_tokens_than_is_said_without_encoding_it(tmp_path, gpt2) -> None:
+    for tokenizer in (gpt2, tiny_tokenizer(tmp_path)):
+        for text in ("", "a", " " * 3000, "The state of the union. " * 50, "日本" * 40):
+            assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
+        assert tokenizer.fewest_tokens("a" * 1_000_000) > 1000

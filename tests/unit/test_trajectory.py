@@ -18,7 +18,8 @@ from milepost.trajectory.figures.scale import scale_of
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.report import shown_metrics
 from milepost.trajectory.samples import MAX_STEPS_SHOWN, evenly_spread, sample_groups
-from milepost.trajectory.summary import enumerate_words, numbers, paragraphs
+from milepost.trajectory.sections.wording import enumerate_words
+from milepost.trajectory.summary import numbers, paragraphs
 from tests.made_runs import MadeRun, make_killed_and_resumed_run, make_run
 
 

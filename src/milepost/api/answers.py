@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -146,15 +147,38 @@ def _rows_at_once(request: Request, prompts: Sequence[_Prompt], *, context: int)
 
 
 def _prompts(request: Request, served: ServedModel) -> list[_Prompt]:
-    context = served.context
     num_free = 0 if request.max_tokens == 0 else 1
-    found = []
+    found: list[_Prompt] = []
+    refuse = functools.partial(
+        too_long, context=served.context, num_free=num_free, param=_param(request)
+    )
+    # Megabytes take seconds to encode, in which nobody else is answered.
+    for number, text in enumerate(_texts(request), start=1):
+        fewest = served.tokenizer.fewest_tokens(text)
+        if fewest > served.context:
+            raise refuse(f"at least {fewest}", where=_where(request, number))
     for number, prompt in enumerate(_encoded(request, served), start=1):
-        if len(prompt.ids) > context - num_free:
-            where = "the prompt" if len(request.prompts) < 2 else f"prompt {number}"
-            raise too_long(len(prompt.ids), context=context, num_free=num_free, where=where)
+        if len(prompt.ids) > served.context - num_free:
+            raise refuse(str(len(prompt.ids)), where=_where(request, number))
         found.append(prompt)
     return found
+
+
+def _texts(request: Request) -> list[str]:
+    """What is to be encoded: each prompt that is a text; of a chat all messages as one."""
+    if request.messages is not None:
+        return ["".join(message.content for message in request.messages)]
+    return [prompt if isinstance(prompt, str) else "" for prompt in request.prompts]
+
+
+def _param(request: Request) -> str:
+    return "prompt" if request.messages is None else "messages"
+
+
+def _where(request: Request, number: int) -> str:
+    if request.messages is not None:
+        return "the conversation"
+    return "the prompt" if len(request.prompts) < 2 else f"prompt {number}"
 
 
 def _encoded(request: Request, served: ServedModel) -> Generator[_Prompt, None, None]:
@@ -173,8 +197,7 @@ def _encoded(request: Request, served: ServedModel) -> Generator[_Prompt, None, 
                 _check_ids(prompt, vocab_size=tokenizer.vocab_size)
                 yield _Prompt(prompt, 0)
     except DataError as error:
-        param = "prompt" if request.messages is None else "messages"
-        raise RefusedError(error.message, param=param) from error
+        raise RefusedError(error.message, param=_param(request)) from error
 
 
 def _check_ids(ids: Sequence[int], *, vocab_size: int) -> None:

@@ -23,7 +23,8 @@ from milepost.api.replies import ChatReply, CompletionReply
 from milepost.api.requests import Request as Asked
 from milepost.api.requests import chat_request, completion_request
 from milepost.api.worker import Worker
-from milepost.core.errors import MilepostError, UsageError
+from milepost.core import console
+from milepost.core.errors import DivergedError, MilepostError
 
 MOST_BODY_BYTES = 4 << 20
 
@@ -187,12 +188,13 @@ def _encoded(content: Mapping[str, Any]) -> bytes:
 
 
 def _as_refusal(error: MilepostError) -> RefusedError:
-    """What a client is told; messages of other errors than its own may name folders."""
+    """What a client is told; what names folders is for the terminal only."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, UsageError):
-        return RefusedError(error.message)
-    return RefusedError(error.message, status=500, kind=SERVER)
+    if isinstance(error, DivergedError):
+        return RefusedError(error.message, status=500, kind=SERVER)
+    console.say_error(error)
+    return failed_inside()
 
 
 def _add_error_replies(app: FastAPI) -> None:

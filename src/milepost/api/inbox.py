@@ -44,6 +44,8 @@ class Inbox:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._told.put_nowait(ClientGoneError())
+        # Here and not by whoever takes it: a stream that was never begun takes nothing.
+        self._cancel()
 
     async def next(self) -> Told | None:
         """The next that is told; None where all was.
@@ -67,7 +69,10 @@ class Inbox:
 
     def close(self) -> None:
         """Ends the job if it is not over."""
-        if self._job is not None:
-            self._worker.cancel(self._job)
+        self._cancel()
         if self._watching is not None:
             self._watching.cancel()
+
+    def _cancel(self) -> None:
+        if self._job is not None:
+            self._worker.cancel(self._job)

@@ -92,10 +92,11 @@ class Library:
         return found
 
     def _load(self, wanted: NamedModel) -> ServedModel:
-        opened = load_chat_model(wanted.folder, dtype=self._dtype, device=self._device)
+        found = wanted.find()
+        opened = load_chat_model(found, dtype=self._dtype, device=self._device)
         return ServedModel(
             name=wanted.name,
-            fingerprint=f"fp_{identify(wanted.folder)[:16]}",
+            fingerprint=f"fp_{identify(found)[:16]}",
             decoder=opened.decoder,
             tokenizer=opened.tokenizer,
             template=opened.template,

@@ -52,19 +52,20 @@ class RefusedError(MilepostError):
         return {"Retry-After": "1"} if self.status in (429, 503) else {}
 
 
-def too_long(num_tokens: int, *, context: int, num_free: int, where: str) -> RefusedError:
+def too_long(length: str, *, context: int, num_free: int, where: str, param: str) -> RefusedError:
     """A prompt that does not fit.
 
     Args:
-        num_tokens: of the prompt.
+        length: tokens of the prompt, perhaps as "at least N".
         context: positions of the model.
         num_free: how many of them must stay free for the completion.
         where: which prompt.
+        param: the field that holds it.
     """
     room = "" if num_free == 0 else f", of which {num_free} must stay free for the completion"
     return RefusedError(
-        f"{where} has {num_tokens} tokens; the model's context is {context} tokens{room}",
-        param="prompt",
+        f"{where} has {length} tokens; the model's context is {context} tokens{room}",
+        param=param,
         code="context_length_exceeded",
     )
 

@@ -103,7 +103,9 @@ def completion_request(body: bytes, *, most_tokens: int | None) -> Request:
         RefusedError: it is not JSON, or a field is missing, unknown or out of range.
     """
     form = _read(_CompletionForm, body)
-    max_tokens = DEFAULT_MAX_TOKENS if form.max_tokens is None else form.max_tokens
+    # What a client does not ask for is no reason to refuse it.
+    default = DEFAULT_MAX_TOKENS if most_tokens is None else min(DEFAULT_MAX_TOKENS, most_tokens)
+    max_tokens = default if form.max_tokens is None else form.max_tokens
     if max_tokens == 0 and not form.echo:
         raise RefusedError("max_tokens is 0, and echo is not asked for", param="max_tokens")
     prompts = _prompts(form.prompt)

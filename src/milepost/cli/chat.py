@@ -30,7 +30,7 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    Its answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends; /help shows what
+    Answers appear as they are written. Ctrl-C stops an answer, Ctrl-D ends; /help shows what
     else can be done on the way, such as /step 400 to go on with another checkpoint. Questions can
     also come through a pipe, one a line.
 
@@ -46,7 +46,7 @@ def chat(
     adapter
         A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model.
     step
-        Of a run, which checkpoint. Default: the latest.
+        Which checkpoint of a run, of --adapter where that is one. Default: the latest.
     raw
         No template and no history: each line is a text that the model continues.
     system
@@ -71,31 +71,26 @@ def chat(
     from milepost.cli.chat_session import ChatSession
     from milepost.core.errors import UsageError
     from milepost.inference.chat_model import load_chat_model
+    from milepost.inference.load import find_model, stepped
     from milepost.inference.stream import SamplingOptions
 
     if raw and system is not None:
         raise UsageError("--system needs a template", hint="leave --raw or --system out")
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
 
     def load(wanted: int | None) -> ChatModel:
+        found = find_model(model, step=wanted, adapter=adapter)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_chat_model(model, adapter=adapter, step=wanted, dtype=dtype, device=device)
+        return load_chat_model(found, dtype=dtype, device=device)
 
     session = ChatSession(
         load(step),
-        options,
+        SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed),
         is_raw=raw,
         is_silent=json,
         load=load,
-        steps_of=adapter if adapter is not None and not _is_run(model) else model,
+        steps_of=stepped(model, adapter=adapter),
     )
     session.set_system(system)
     session.run()
     if json:
         console.show_json(session.record())
-
-
-def _is_run(path: Path) -> bool:
-    from milepost.runs.steps import is_run
-
-    return is_run(path)

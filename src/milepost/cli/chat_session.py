@@ -255,6 +255,8 @@ class ChatSession:
                 stopped = new.stopped or stopped
         except KeyboardInterrupt:
             steps.close()
+            if not console.is_terminal():  # nobody is there to ask the next question
+                raise
         self._show("\n")
         return answer if self._is_raw else answer.rstrip(), stopped, num_tokens
 

@@ -39,8 +39,11 @@ class Options:
         Names with commas between: arc_challenge, arc_easy, boolq, hellaswag, openbookqa, piqa,
         winogrande; paper (those seven, the default); heldout (endings of the run's own validation
         documents); boolq_reasoned (BoolQ after a rationale of the model's own).
+    adapter
+        A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model.
     steps
-        Checkpoints of a run: all, latest (the default), every:N, or steps such as 100,200.
+        Checkpoints of a run, of --adapter where that is one: all, latest (the default), every:N,
+        or steps such as 100,200.
     data_dir
         Folder of the benchmarks' rows, such as hellaswag_val.jsonl.gz. Default: from the
         Hugging Face hub, kept for the next time.
@@ -69,6 +72,7 @@ class Options:
     """
 
     tasks: Annotated[list[str] | None, Parameter(negative="")] = None
+    adapter: Path | None = None
     steps: str | None = None
     data_dir: Path | None = None
     prepared: Path | None = None
@@ -103,7 +107,7 @@ def evaluate(
     Parameters
     ----------
     model
-        A run folder, a checkpoint folder, or any Hugging Face LLaMA folder.
+        A run folder, a checkpoint folder, an adapter, or any Hugging Face LLaMA folder.
     words
         The command line, for the ranks that this process starts.
     """
@@ -156,6 +160,7 @@ def _score(
         num_fewshot=options.num_fewshot or 0,
         dtype=options.dtype,
         out=options.out,
+        adapter=options.adapter,
     )
     found = evaluation.evaluate(request, world=world, stop_requested=stop_requested)
     if world.is_main:
@@ -171,6 +176,7 @@ def _ask_harness(
 
     return evaluate_with_harness(
         model,
+        adapter=options.adapter,
         tasks=[name.strip() for text in options.tasks or () for name in text.split(",")],
         steps=options.steps,
         limit=options.limit,

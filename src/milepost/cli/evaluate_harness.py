@@ -26,6 +26,7 @@ from milepost.evaluation.recording import COMPUTE_DTYPES
 def evaluate_with_harness(
     model: Path,
     *,
+    adapter: Path | None,
     tasks: Sequence[str],
     steps: str | None,
     limit: int | None,
@@ -47,7 +48,9 @@ def evaluate_with_harness(
         MilepostError: as `run_harness` and `find_checkpoints`.
     """
     plain = decide(
-        lambda: [c.as_plain() for c in find_checkpoints(model, steps=steps, dtype=dtype)],
+        lambda: [
+            c.as_plain() for c in find_checkpoints(model, steps=steps, dtype=dtype, adapter=adapter)
+        ],
         world=world,
     )
     results: list[dict[str, Any]] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
+
 Line = dict[str, Any]
 METRICS = ("acc", "acc_norm")
 
@@ -77,11 +79,15 @@ def _remark(line: Line) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns two blanks apart, the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    """Columns two blanks apart, the first to the left, numbers to the right.
+
+    Widths are those of a terminal, where a Chinese character or an emoji takes two columns.
+    """
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + gaps[0]]
+        cells += [gap + cell for cell, gap in zip(row[1:-1], gaps[1:-1], strict=True)]
         lines.append("  ".join(["", *cells, row[-1]]).rstrip())
     return lines

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
 _UNITS |= {"GIB": 2**30}
+_USUAL_SIZE = "5GB"
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     step: int | None = None,
     adapter: Path | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -52,18 +53,25 @@ def export(
     dtype
         Of the weights. Default: bfloat16, for an adapter float32.
     step
-        Which checkpoint of a run. Default: the latest.
+        Which checkpoint of a run, of --adapter where that is one. Default: the latest.
     adapter
-        Of `milepost finetune` or PEFT, put on the model; merged in all forms but its own.
+        A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model; merged
+        in all forms but its own.
     max_shard_size
-        Weights above it go into several files, with an index; such as 5GB or 500MiB.
+        Of --format hf: weights above it go into several files, with an index; such as 500MiB.
+        Default: 5GB.
     overwrite
-        Replace an earlier export.
+        Replace an earlier export, if nobody added files to it or edited its model card.
     json
         One JSON document on stdout.
     """
     from milepost.posttrain.export import export_model
 
+    if max_shard_size is not None and format != "hf":
+        raise UsageError(
+            f"--max-shard-size is of --format hf; --format {format} writes one file",
+            hint="leave --max-shard-size out",
+        )
     exported = export_model(
         model,
         to=to,
@@ -71,7 +79,7 @@ def export(
         dtype=dtype or ("float32" if format == "adapter" else "bfloat16"),
         step=step,
         adapter=adapter,
-        max_file_bytes=_bytes(max_shard_size),
+        max_file_bytes=_bytes(_USUAL_SIZE if max_shard_size is None else max_shard_size),
         may_overwrite=overwrite,
     )
     if json:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from milepost.cli.train import ChildFailed, launch_ranks
-from milepost.core.errors import StopRequested, UsageError
+from milepost.cli.train import end_rank, launch_ranks
+from milepost.core.errors import UsageError
 
 if TYPE_CHECKING:
     from milepost.config.schema import Config
@@ -24,7 +24,8 @@ OPTIONS = ("data", "run", "full", "ranks", "override", "json", "debug")
 
 def finetune(
     model: Path,
-    *recipe: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    recipe: Annotated[str, Parameter(allow_leading_hyphen=True)] = DEFAULT_RECIPE,
+    *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     data: str,
     run: Path,
     full: Annotated[bool, Parameter(negative="")] = False,
@@ -35,8 +36,11 @@ def finetune(
 ) -> None:
     """Tune a model on conversations, or continue such a run exactly.
 
-    Only answers are trained, and the end-of-text token behind each. Any field of the recipe can
-    be set: `--section.key VALUE`. At the end both models answer the recipe's questions.
+    Only answers are trained, and the end-of-text token behind each. At the end both models
+    answer the recipe's questions. Stop with Ctrl-C: the same command goes on.
+
+    Any field of the recipe can be set, anywhere in the line: `--section.key VALUE`, such as
+    `--data.sequence_length 512`. `milepost plan sft-alpaca` says what the recipe costs.
 
     Example: `milepost finetune runs/first --data alpaca.jsonl --run runs/tuned`
 
@@ -45,8 +49,7 @@ def finetune(
     model
         A run folder (its latest checkpoint), a checkpoint, or any Hugging Face LLaMA folder.
     recipe
-        A packaged recipe (sft-alpaca, which is the default) or a .toml file with a [finetune]
-        section; behind it what is set otherwise.
+        A packaged recipe, or a .toml file with a [finetune] section.
     data
         Conversations: .json, .jsonl(.gz, .zst) or .parquet with Alpaca, messages or ShareGPT rows,
         or hf://datasets/owner/name.
@@ -65,21 +68,15 @@ def finetune(
     """
     from milepost.distributed.place import read_place
 
-    name, overrides = _part(recipe)
+    if recipe.startswith("--"):  # it was left out, and this is the first of the overrides
+        recipe, overrides = DEFAULT_RECIPE, (recipe, *overrides)
 
     def load() -> Config:
-        return load_config(model, name, overrides, data=data, full=full)
-
-    def load_checked() -> Config:
-        from milepost.posttrain.finetuning import check_finetuning
-
-        config = load()
-        check_finetuning(config)
-        return config
+        return load_config(model, recipe, overrides, data=data, full=full)
 
     place = read_place(os.environ)
     if place is None:
-        launch_ranks(load_checked, words=words, ranks=ranks)
+        launch_ranks(lambda: _checked(load()), words=words, ranks=ranks)
         return
     config = load()
     # Read by cuBLAS when it starts; without it deterministic products are refused.
@@ -91,32 +88,24 @@ def finetune(
     summary = train_as_rank(
         place,
         config=config,
-        recipe=name,
+        recipe=recipe,
         run=run,
         may_override=override,
         open_subject=open_finetuning,
     )
-    if summary is None or place.rank != 0:
-        return
-    is_stopped = summary["status"] == "stopped"
-    if not is_stopped:
-        answers = compare_answers(run, config=config)
+    if summary is not None and place.rank == 0 and summary["status"] != "stopped":
+        answers = compare_answers(run, config=config) if config.finetune.questions else []
         summary["answers"] = [asdict(answer) for answer in answers]
-        if not json:
+        if answers and not json:
             show_answers(answers)
-    if json:
-        from milepost.core.console import show_json
-
-        show_json(summary)
-    if is_stopped and place.started_by == "milepost":
-        raise ChildFailed(StopRequested.exit_code)
+    end_rank(place, summary, json=json)
 
 
-def _part(words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The recipe's name, which may be left out, and the overrides."""
-    if words and not words[0].startswith("--"):
-        return words[0], words[1:]
-    return DEFAULT_RECIPE, words
+def _checked(config: Config) -> Config:
+    from milepost.posttrain.finetuning import check_finetuning
+
+    check_finetuning(config)
+    return config
 
 
 def load_config(
@@ -128,7 +117,7 @@ def load_config(
         UsageError: the model cannot be tuned, or the recipe is no recipe for it.
     """
     from milepost.config.recipe import as_overrides, load_recipe
-    from milepost.inference.load import read_config
+    from milepost.inference.model_files import read_config
     from milepost.posttrain.finetuning import open_base
 
     _refuse_contradictions(overrides, full=full)

@@ -14,7 +14,7 @@ from milepost.runs.layout import RunLayout
 from milepost.runs.ratings import RUBRIC, read_ratings
 from milepost.runs.records import read_samples
 from milepost.trajectory.ratings import RatingSummary, summarize_ratings
-from milepost.trajectory.summary import plural
+from milepost.trajectory.sections.wording import plural
 
 MOST_SHOWN = 10
 

@@ -50,6 +50,9 @@ LAB_VERBS = {
     "resume": "Measure what a restart costs, and which part of it costs what.",
 }
 
+TAKE_OVERRIDES = ("train", "finetune", "import", "lab", "plan")
+"""Verbs that take `--section.key VALUE`."""
+
 
 def build_app(words: Sequence[str] = ()) -> App:
     """The application with every verb.
@@ -86,7 +89,7 @@ def run(words: Sequence[str]) -> int:
     """
     debug = "--debug" in words
     given = list(words)
-    words = [word for word in words if word != "--debug"]
+    words = _overrides_last([word for word in words if word != "--debug"])
     try:
         verb, arguments, unparsed = build_app(words).parse_args(
             words, exit_on_error=False, print_error=False
@@ -117,6 +120,27 @@ def run(words: Sequence[str]) -> int:
         say_error(plain)
         return plain.exit_code
     return 0
+
+
+def _overrides_last(words: list[str]) -> list[str]:
+    """A command line with each `--section.key VALUE` behind the words that name no field.
+
+    So they may stand anywhere: cyclopts takes an option that it does not know only behind the
+    last of the arguments that it does.
+    """
+    if not words or words[0] not in TAKE_OVERRIDES:
+        return words
+    parts: tuple[list[str], list[str]] = ([], [])
+    is_field, awaits_value = False, False
+    for word in words:
+        if not awaits_value or word.startswith("--"):
+            name, equals, _ = word.partition("=")
+            is_field = name.startswith("--") and "." in name
+            awaits_value = is_field and not equals
+        else:
+            awaits_value = False
+        parts[is_field].append(word)
+    return [*parts[0], *parts[1]]
 
 
 def _refused_by_the_system(error: Exception) -> MilepostError | None:

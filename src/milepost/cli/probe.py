@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ def probe(
     Parameters
     ----------
     model
-        A run folder, a checkpoint folder, or any Hugging Face LLaMA folder.
+        A run folder, a checkpoint folder, an adapter, or any Hugging Face LLaMA folder.
     question
         A question for the chat template (Vicuna 1.1). Default: the first of the paper's Table V.
     prompt
@@ -50,9 +51,10 @@ def probe(
         with `prompt` or `question` (and `system`), and `name`. The first is the base, unless
         --question or --prompt gives one.
     adapter
-        An adapter folder of `milepost finetune` or PEFT, put on the model.
+        A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model.
     steps
-        Checkpoints of a run: all, latest (the default), every:N, or steps such as 100,200.
+        Checkpoints of a run, of --adapter where that is one: all, latest (the default), every:N,
+        or steps such as 100,200.
     top
         How many of the likeliest next tokens to show.
     max_new_tokens
@@ -68,13 +70,13 @@ def probe(
 
     settings = ProbeSettings(num_likeliest=top, max_new_tokens=max_new_tokens)
     asked = _variants(question=question, prompt=prompt, file=variants)
-    checkpoints = find_checkpoints(model, steps=steps, dtype="float32")
-    of_run = run_of_model(model)
+    checkpoints = find_checkpoints(model, steps=steps, dtype="float32", adapter=adapter)
+    of_run = run_of_model(adapter or model)
     by_model: list[list[ProbeRecord]] = []
     # Of one checkpoint there is nothing to count.
     with console.progress("probing", total=len(checkpoints) if steps else None) as bar:
         for checkpoint in checkpoints:
-            records = _probed(checkpoint, asked, settings=settings, adapter=adapter)
+            records = _probed(checkpoint, asked, settings=settings)
             by_model.append(records)
             if of_run is not None:
                 for record in records:
@@ -84,9 +86,11 @@ def probe(
         every_line = [record.as_line() for records in by_model for record in records]
         console.show_json({"probes": every_line})
     else:
-        title = _title(checkpoints[0], adapter=adapter)
+        title = _title(checkpoints[0])
         alone = len(by_model) == 1
-        for line in shown_model(by_model[0], title=title) if alone else course(by_model):
+        width = console.width()
+        one = shown_model(by_model[0], title=title, width=width) if alone else []
+        for line in one or course(by_model, width=width):
             console.show(line)
     if of_run is not None:
         console.say(f"recorded in {RunLayout(of_run).probes}")
@@ -125,37 +129,35 @@ def _probed(
     variants: list[Variant],
     *,
     settings: ProbeSettings,
-    adapter: Path | None,
 ) -> list[ProbeRecord]:
     import torch
 
-    from milepost.checkpoint.store import ADAPTER_FILE
     from milepost.core.environment import code_version, cpu_name
-    from milepost.core.files import sha256_of_file
     from milepost.distributed.devices import count_gpus
     from milepost.evaluation.checkpoints import load_verified
-    from milepost.inference.adapter_files import load_lora
+    from milepost.inference.chat_model import template_of
+    from milepost.inference.load import adapter_sha256
     from milepost.posttrain.probe import Provenance, probe
     from milepost.runs.events import utc_now
 
     loaded = load_verified(checkpoint)
-    if adapter is not None:
-        load_lora(loaded.model, adapter)
     is_gpu = count_gpus() > 0
     loaded.model.to("cuda" if is_gpu else "cpu")
     sha256 = checkpoint.weights.checkpoint_sha256
     assert sha256 is not None, "a folder has a hash"
     provenance = Provenance(
         checkpoint_sha256=sha256,
-        adapter=None if adapter is None else sha256_of_file(adapter / ADAPTER_FILE),
+        adapter=adapter_sha256(checkpoint.found),
         device=torch.cuda.get_device_name() if is_gpu else cpu_name(),
         milepost=code_version(),
         time=utc_now(),
     )
+    settings = replace(settings, has_beginning=template_of(checkpoint.found) is None)
     return probe(loaded, variants, settings=settings, provenance=provenance)
 
 
-def _title(checkpoint: Checkpoint, *, adapter: Path | None) -> str:
-    step = checkpoint.weights.step
-    title = str(checkpoint.folder) if step is None else f"step {step}"
-    return title if adapter is None else f"{title} with {adapter}"
+def _title(checkpoint: Checkpoint) -> str:
+    found = checkpoint.found
+    if found.step is not None:
+        return f"step {found.step}"
+    return str(found.base) if found.adapter is None else f"{found.base} with {found.adapter}"

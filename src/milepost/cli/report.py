@@ -76,6 +76,8 @@ def report(
             say(summary.skipped_lines(count, name=name))
         for sentence in summary.left_out(subject.run):
             say(sentence)
+        if subject.run.answers_problem:
+            say(f"no answers before and after: {subject.run.answers_problem}")
     for sentence in left_out_courses(subject):
         say(sentence)
     show(str(page))

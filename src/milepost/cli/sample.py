@@ -18,6 +18,7 @@ def sample(
     model: Path,
     *,
     prompt: Annotated[list[str] | None, Parameter(negative="")] = None,
+    adapter: Path | None = None,
     steps: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -37,12 +38,15 @@ def sample(
     Parameters
     ----------
     model
-        A run folder, a checkpoint folder, or any Hugging Face LLaMA folder.
+        A run folder, a checkpoint folder, an adapter, or any Hugging Face LLaMA folder.
     prompt
         A text to continue; may be given several times. Default: the three prompts of the
         paper's Table III.
+    adapter
+        A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model.
     steps
-        Checkpoints of a run: all, latest (the default), every:N, or steps such as 100,200.
+        Checkpoints of a run, of --adapter where that is one: all, latest (the default), every:N,
+        or steps such as 100,200.
     max_new_tokens
         Most tokens of a completion.
     temperature
@@ -58,19 +62,20 @@ def sample(
     """
     from milepost.evaluation.checkpoints import run_of_model
     from milepost.evaluation.samples import PAPER_PROMPTS, record_samples
-    from milepost.inference.load import load_model
+    from milepost.inference.load import adapter_sha256, find_models, load_found
     from milepost.runs.layout import RunLayout
 
-    of_run = run_of_model(model)
+    of_run = run_of_model(adapter or model)
     log = None if of_run is None else RunLayout(of_run).samples
     records: list[SampleRecord] = []
-    for step in _steps(model, steps):
-        loaded = load_model(model, step=step)
+    for found in find_models(model, steps=steps, adapter=adapter):
+        loaded = load_found(found)
         new = record_samples(
             loaded.model,
             loaded.tokenizer,
             PAPER_PROMPTS if prompt is None else prompt,
             step=loaded.step,
+            adapter=adapter_sha256(found),
             path=log,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -87,19 +92,6 @@ def sample(
         _show_quality_by_step(records)
     if log is not None:
         console.say(f"recorded in {log}")
-
-
-def _steps(model: Path, text: str | None) -> list[int | None]:
-    """Steps to load; None: what `load_model` takes by itself."""
-    from milepost.core.errors import UsageError
-    from milepost.runs.layout import RunLayout
-    from milepost.runs.steps import is_run, parse_steps
-
-    if text is None:
-        return [None]
-    if not is_run(model):
-        raise UsageError(f"--steps needs a run, {model} is not one", hint="leave --steps out")
-    return list(parse_steps(text, layout=RunLayout(model)))
 
 
 def _show(folder: str, records: list[SampleRecord]) -> None:

@@ -23,6 +23,7 @@ FIRST_PORT = 8757
 def serve(
     model: Path,
     *,
+    adapter: Path | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     api_key_env: str | None = None,
@@ -43,7 +44,10 @@ def serve(
     Parameters
     ----------
     model
-        A run folder, a checkpoint folder, or any Hugging Face LLaMA folder.
+        A run folder, a checkpoint folder, an adapter, or any Hugging Face LLaMA folder.
+    adapter
+        A fine-tuning run or a folder in PEFT's format, whose adapter is put on the model. What is
+        served has its name.
     host
         The address to listen at. Others than this machine's own need --api-key-env.
     port
@@ -71,8 +75,8 @@ def serve(
 
     with listen_at(host, port=port, first_port=FIRST_PORT) as listening:
         tally = _serve(
-            model, listening=listening, key=key, concurrency=concurrency, queue=queue,
-            max_tokens=max_tokens, dtype=dtype,
+            model, adapter=adapter, listening=listening, key=key, concurrency=concurrency,
+            queue=queue, max_tokens=max_tokens, dtype=dtype,
         )  # fmt: skip
     requests = "1 request was" if tally.requests == 1 else f"{tally.requests} requests were"
     console.say(
@@ -119,6 +123,7 @@ _MAKE_KEY = 'export {}=$(python3 -c "import secrets; print(secrets.token_urlsafe
 def _serve(
     path: Path,
     *,
+    adapter: Path | None,
     listening: socket.socket,
     key: str | None,
     concurrency: int,
@@ -140,7 +145,7 @@ def _serve(
     from milepost.serve.local import address_of, serve_until_stopped
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    catalog = Catalog(path)
+    catalog = Catalog(path, adapter=adapter)
     library = Library(dtype=dtype, device=device)
     served = library.open(catalog.latest)
     worker: Worker[Told] = Worker(most_at_once=concurrency, most_waiting=queue)

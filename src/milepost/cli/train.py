@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -13,6 +13,7 @@ from milepost.core.errors import MilepostError, StopRequested, UsageError
 
 if TYPE_CHECKING:
     from milepost.config.schema import Config
+    from milepost.distributed.place import Place
     from milepost.runs.lineage import ParentRequest
 
 OPTIONS = ("run", "from", "restore", "ranks", "override", "json", "debug")
@@ -96,11 +97,27 @@ def train(
         may_override=override,
         begin_with=begin_with,
     )
-    if json and summary is not None and place.rank == 0:
+    end_rank(place, summary, json=json)
+
+
+def end_rank(place: Place, summary: dict[str, Any] | None, *, json: bool) -> None:
+    """Ends the command on one rank of a training.
+
+    Args:
+        place: of this process.
+        summary: what was reached; the main rank's is shown with `json`.
+        json: whether a JSON document is wanted.
+
+    Raises:
+        ChildFailed: a stop was asked for, which our launcher is told by the exit code.
+    """
+    if summary is None:
+        return
+    if json and place.rank == 0:
         from milepost.core.console import show_json
 
         show_json(summary)
-    if summary is not None and summary["status"] == "stopped" and place.started_by == "milepost":
+    if summary["status"] == "stopped" and place.started_by == "milepost":
         raise ChildFailed(StopRequested.exit_code)
 
 

@@ -188,8 +188,9 @@ def _nearest(name: str, *, options: Sequence[str]) -> str:
     fields = [dotted.split(".")[1] for dotted in field_names()]
     meant = {f.split(".")[1]: f for f in field_names() if fields.count(f.split(".")[1]) == 1}
     meant |= {option: option for option in options}
+    is_section = any(dotted.startswith(f"{name}.") for dotted in field_names())
     close = difflib.get_close_matches(name.replace("-", "_"), meant, n=1)
-    if close:
+    if close and not is_section:
         return f"did you mean --{meant[close[0]]}?"
     return "overrides look like --section.key VALUE"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
 
-from milepost.core.errors import MilepostError, StorageError
+from milepost.core.errors import DataError, MilepostError, StorageError
 from milepost.core.files import as_storage_error, strict
 from milepost.core.units import format_duration
 
@@ -60,11 +61,20 @@ def ask(prompt: str) -> str | None:
 
     Args:
         prompt: shown at a terminal only, where the line can be edited.
+
+    Raises:
+        DataError: the line is not in the encoding of stdin.
     """
     if sys.stdin is None:
         return None
     if not is_terminal():
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # in some locales bytes that are no text come as half characters
+        except UnicodeError as error:
+            raise DataError(
+                f"standard input is not {sys.stdin.encoding}", hint="convert it with iconv"
+            ) from error
         return line.rstrip("\r\n") if line else None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (from now on `input` knows the arrow keys)
@@ -78,6 +88,13 @@ def is_terminal() -> bool:
     """Whether a person types and reads here."""
     streams = (sys.stdin, sys.stdout)
     return all(stream is not None and stream.isatty() for stream in streams)
+
+
+def width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is a file or a pipe."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def show_json(value: Any) -> None:

@@ -179,6 +179,23 @@ def read_json(path: Path, *, error: type[MilepostError]) -> Any:
         raise error(f"{path} cannot be read as JSON: {bad}") from bad
 
 
+def read_json_of_version(path: Path, *, version: int, error: type[MilepostError]) -> Any:
+    """As `read_json`, of a file whose field `v` says which version of its schema it has.
+
+    Raises:
+        error: the file is missing, not JSON, or of a later version than this one.
+        StorageError: as `read_json`.
+    """
+    values = read_json(path, error=error)
+    found = values.get("v") if isinstance(values, dict) else None
+    if isinstance(found, int) and found > version:
+        raise error(
+            f"{path} has schema version {found}, this program reads {version}",
+            hint="use the version of Milepost that made the run, or a later one",
+        )
+    return values
+
+
 def _read_regular_file(path: Path) -> bytes:
     """All bytes of a file; of anything else none, as a pipe would hold its reader for ever."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -6,23 +6,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost.checkpoint.store import MANIFEST, verify_model_files
-from milepost.core.errors import CheckpointError, DataError, UsageError
+from milepost.checkpoint.store import MANIFEST
+from milepost.core.errors import CheckpointError, DataError
 from milepost.core.files import read_json
 from milepost.data.shards import ShardSet, open_prepared
 from milepost.inference.load import (
+    FoundModel,
     LoadedModel,
-    dtype_of_weights,
+    find_models,
     has_manifest,
     identify,
-    model_folder,
-    read_model,
+    load_found,
+    read_found,
 )
+from milepost.inference.model_files import dtype_of_weights
 from milepost.runs.evaluations import Weights
 from milepost.runs.events import read_history
 from milepost.runs.layout import RunLayout, step_of_folder
 from milepost.runs.manifest import read_run_manifest
-from milepost.runs.steps import is_run, parse_steps
+from milepost.runs.steps import is_run
 from milepost.text.tokenizer import Tokenizer
 
 AUTO = "auto"
@@ -31,26 +33,39 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that is to be scored.
+    """A model that is to be scored.
 
     Attributes:
-        folder: of the model.
+        found: where it lies.
         weights: what identifies it.
         dtype: of the forward pass.
     """
 
-    folder: Path
+    found: FoundModel
     weights: Weights
     dtype: str
 
+    @property
+    def folder(self) -> Path:
+        """The folder that names it."""
+        return self.found.folder
+
     def as_plain(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"folder": str(self.folder), "weights": asdict(self.weights), "dtype": self.dtype}
+        adapter = self.found.adapter
+        return {
+            "base": str(self.found.base),
+            "adapter": None if adapter is None else str(adapter),
+            "weights": asdict(self.weights),
+            "dtype": self.dtype,
+        }
 
 
 def checkpoint_from_plain(plain: dict[str, Any]) -> Checkpoint:
     """Reads back what `Checkpoint.as_plain` gave."""
-    return Checkpoint(Path(plain["folder"]), Weights(**plain["weights"]), plain["dtype"])
+    adapter = None if plain["adapter"] is None else Path(plain["adapter"])
+    found = FoundModel(Path(plain["base"]), adapter)
+    return Checkpoint(found, Weights(**plain["weights"]), plain["dtype"])
 
 
 def run_of_model(path: Path) -> Path | None:
@@ -63,41 +78,38 @@ def run_of_model(path: Path) -> Path | None:
     return None
 
 
-def find_checkpoints(path: Path, *, steps: str | None, dtype: str) -> list[Checkpoint]:
+def find_checkpoints(
+    path: Path, *, steps: str | None, dtype: str, adapter: Path | None = None
+) -> list[Checkpoint]:
     """The checkpoints that a person means, ascending by step, identified and not yet verified.
 
     Args:
-        path: a run folder, a checkpoint or any Hugging Face LLaMA folder.
-        steps: of a run, see `parse_steps`; None: the latest.
+        path: a model, see `find_model`.
+        steps: see `parse_steps`; None: the latest.
         dtype: one of `DTYPES`, or "auto": that of each model's file.
+        adapter: put on the model, see `find_model`.
 
     Raises:
         UsageError: there is no model, or steps are asked of what is no run.
         CheckpointError: the run has no such checkpoint, or a file is missing.
     """
-    if steps is not None and not is_run(path):
-        raise UsageError(f"--steps needs a run, {path} is not one", hint="leave --steps out")
-    wanted: list[int | None] = [None]
-    if steps is not None:
-        wanted = [*parse_steps(steps, layout=RunLayout(path))]
-    folders = [model_folder(path, step=step) for step in wanted]
-    tokens_by_step = _tokens_by_step(run_of_model(path))
-    return [_checkpoint(folder, dtype=dtype, tokens_by_step=tokens_by_step) for folder in folders]
+    found = find_models(path, steps=steps, adapter=adapter)
+    tokens_by_step = _tokens_by_step(run_of_model(adapter or path))
+    return [_checkpoint(model, dtype=dtype, tokens_by_step=tokens_by_step) for model in found]
 
 
-def _checkpoint(folder: Path, *, dtype: str, tokens_by_step: dict[int, int]) -> Checkpoint:
-    step = step_of_folder(folder)
+def _checkpoint(found: FoundModel, *, dtype: str, tokens_by_step: dict[int, int]) -> Checkpoint:
     run_id = None
-    if has_manifest(folder):
-        head = read_json(folder / MANIFEST, error=CheckpointError)
+    if has_manifest(found.folder):
+        head = read_json(found.folder / MANIFEST, error=CheckpointError)
         run_id = head.get("run_id") if isinstance(head, dict) else None
     weights = Weights(
-        checkpoint_sha256=identify(folder),
+        checkpoint_sha256=identify(found),
         run_id=run_id,
-        step=step,
-        tokens_seen=None if step is None else tokens_by_step.get(step),
+        step=found.step,
+        tokens_seen=None if found.step is None else tokens_by_step.get(found.step),
     )
-    return Checkpoint(folder, weights, dtype_of_weights(folder) if dtype == AUTO else dtype)
+    return Checkpoint(found, weights, dtype_of_weights(found.base) if dtype == AUTO else dtype)
 
 
 def _tokens_by_step(run: Path | None) -> dict[int, int]:
@@ -113,14 +125,12 @@ def load_verified(checkpoint: Checkpoint) -> LoadedModel:
     Raises:
         CheckpointError: a file is missing or is not what the manifest says.
     """
-    if has_manifest(checkpoint.folder):
-        verify_model_files(checkpoint.folder)
-    return load_unverified(checkpoint)
+    return load_found(checkpoint.found)
 
 
 def load_unverified(checkpoint: Checkpoint) -> LoadedModel:
     """As `load_verified`, where another rank looks at the hashes."""
-    return read_model(checkpoint.folder)
+    return read_found(checkpoint.found)
 
 
 def open_validation(path: Path, *, prepared: Path | None, tokenizer: Tokenizer) -> ShardSet | None:

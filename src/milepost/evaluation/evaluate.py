@@ -31,7 +31,8 @@ from milepost.evaluation.checkpoints import (
 )
 from milepost.evaluation.recording import Scored, conditions_of, score
 from milepost.evaluation.tasks import Task, never_stop
-from milepost.inference.load import LoadedModel, read_config
+from milepost.inference.load import LoadedModel
+from milepost.inference.model_files import read_config
 from milepost.runs.evaluations import EvaluationStore, evaluation_key
 from milepost.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,6 +64,12 @@ class Request:
     num_fewshot: int = 0
     dtype: str = "auto"
     out: Path | None = None
+    adapter: Path | None = None
+
+    @property
+    def named(self) -> Path:
+        """What names the model, and has its records where it is a run."""
+        return self.model if self.adapter is None else self.adapter
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def evaluate(
     """
     plain = decide(lambda: [c.as_plain() for c in _find(request)], world=world)
     checkpoints = [checkpoint_from_plain(entry) for entry in plain]
-    first = checkpoints[0].folder
+    first = checkpoints[0].found.base
     tokenizer = main_rank_first(lambda: load_tokenizer(str(first)), world=world)
     tasks = main_rank_first(lambda: _open_tasks(request, first, tokenizer), world=world)
     store = _store(request)
@@ -161,11 +168,13 @@ def evaluate(
 
 
 def _find(request: Request) -> list[Checkpoint]:
-    return find_checkpoints(request.model, steps=request.steps, dtype=request.dtype)
+    return find_checkpoints(
+        request.model, steps=request.steps, dtype=request.dtype, adapter=request.adapter
+    )
 
 
 def _store(request: Request) -> EvaluationStore | None:
-    folder = request.out if request.out is not None else run_of_model(request.model)
+    folder = request.out if request.out is not None else run_of_model(request.named)
     return None if folder is None else EvaluationStore(folder)
 
 
@@ -174,7 +183,7 @@ def _open_tasks(request: Request, folder: Path, tokenizer: Tokenizer) -> dict[st
     config = read_config(folder)
     validation: ShardSet | None = None
     if HELDOUT in request.tasks:
-        validation = open_validation(request.model, prepared=request.prepared, tokenizer=tokenizer)
+        validation = open_validation(request.named, prepared=request.prepared, tokenizer=tokenizer)
     return {
         name: open_task(
             name,

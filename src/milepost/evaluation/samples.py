@@ -31,6 +31,7 @@ def record_samples(
     prompts: Sequence[str],
     *,
     step: int | None,
+    adapter: str | None = None,
     path: Path | None,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -46,6 +47,7 @@ def record_samples(
         tokenizer: the one the model was trained with.
         prompts: texts.
         step: updates the model had seen; None for a model that is not of a run.
+        adapter: hash of the adapter that is merged into it; None: there is none.
         path: samples.jsonl; None: nothing is written.
         max_new_tokens: see `inference.engine.complete`, as the rest.
         temperature: 0: greedy.
@@ -84,7 +86,7 @@ def record_samples(
     records = [
         SampleRecord(
             step=step,
-            adapter=None,
+            adapter=adapter,
             prompt=completion.prompt,
             completion=completion.text,
             token_ids=completion.token_ids,

@@ -1,29 +1,37 @@
 """The demo: the whole road in miniature, on real text, with a kill in the middle.
 
-Prepare, train, be killed, go on exactly, sample, report. Everything is done with the commands a
-user has; this file only orders and tells them.
+Prepare, train, be killed, go on exactly, sample, report; then learn to answer questions. All is
+done with the commands a user has; this file only orders and tells them. The second half is
+`demo_tuning`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from milepost.config.recipe import load_recipe
 from milepost.config.schema import Config
-from milepost.core.console import progress, say, show
+from milepost.core.console import say, show
 from milepost.core.environment import num_available_cores
 from milepost.core.errors import MilepostError
 from milepost.core.units import format_duration
 from milepost.data.prepare import prepare
 from milepost.evaluation.samples import record_samples
-from milepost.experiments.segment_process import run_segment
+from milepost.experiments.demo_tuning import (
+    ON_THE_CPU,
+    TUNING_RECIPE,
+    TuningResult,
+    show_tuning,
+    tune_and_ask,
+)
+from milepost.experiments.segment_process import run_with_progress
 from milepost.experiments.sotu import find_addresses
 from milepost.inference.load import load_model
-from milepost.runs.events import Event, History, read_history
+from milepost.runs.events import History, read_history
 from milepost.runs.layout import RunLayout, checkpoint_folders
 from milepost.runs.records import SampleRecord
 from milepost.trajectory.report import write_report
@@ -32,9 +40,6 @@ RECIPE = "demo"
 PROMPT = "The relations of the United States with"
 STEPS_AFTER_CHECKPOINT = 23
 """The kill comes so many steps after a checkpoint, so that there is something to compare."""
-
-ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""The demo shows the same everywhere, and leaves GPUs to those who use them."""
 
 NUM_SAMPLES = 5
 SAMPLE_TOKENS = 60
@@ -55,6 +60,7 @@ class DemoResult:
     bits_per_byte: float
     seconds: float
     samples: list[SampleRecord]
+    tuning: TuningResult
 
     def as_plain(self) -> dict[str, Any]:
         """The result as JSON holds it."""
@@ -66,15 +72,18 @@ class DemoResult:
             "bits_per_byte": self.bits_per_byte,
             "seconds": self.seconds,
             "samples": [sample.as_line() for sample in self.samples],
+            "finetuning": self.tuning.as_plain(),
         }
 
 
-def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
+def run_demo(run: Path, *, recipe: str = RECIPE, tuning_recipe: str = TUNING_RECIPE) -> DemoResult:
     """The whole road; a demo that was interrupted goes on where it was.
 
     Args:
-        run: the run folder; the prepared data goes beside it, to RUN-data.
+        run: the run folder; the prepared data goes beside it, to RUN-data, the questions to
+            RUN-questions.jsonl, and the fine-tuning to RUN-tuned.
         recipe: packaged name or .toml file; its vocabulary size is the one that is trained.
+        tuning_recipe: likewise, of the fine-tuning.
 
     Raises:
         MilepostError: a part failed, or the resumed run was not exact.
@@ -83,7 +92,7 @@ def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
     config = load_recipe(recipe)
     run = run.resolve()
     data = run.with_name(f"{run.name}-data")
-    say("1/5  prepare the State of the Union addresses")
+    say("1/8  prepare the State of the Union addresses")
     addresses = find_addresses()
     prepare(
         addresses.train,
@@ -94,10 +103,11 @@ def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
     _train(run, data=data, config=config, recipe=recipe)
     history = read_history(RunLayout(run).events)
     num_compared, num_equal = _say_exactness(history)
-    say("4/5  let five checkpoints write")
+    say("4/8  let five checkpoints write")
     samples = _sample(run, seed=config.run.seed)
-    say("5/5  write the report")
+    say("5/8  write the report")
     report = write_report(run)
+    tuning = tune_and_ask(run, recipe=tuning_recipe)
     return DemoResult(
         run=run,
         report=report,
@@ -106,21 +116,24 @@ def run_demo(run: Path, *, recipe: str = RECIPE) -> DemoResult:
         bits_per_byte=_last_bits_per_byte(history),
         seconds=time.monotonic() - started,
         samples=samples,
+        tuning=tuning,
     )
 
 
 def show_demo(result: DemoResult) -> None:
-    """The five samples, what was compared, and where the report lies, for people."""
+    """What both halves showed and where the reports lie, for people."""
     for sample in result.samples:
         text = " ".join(sample.completion.split())
         show(f"\nstep {sample.step}: {PROMPT} {text}")
+    show_tuning(result.tuning)
     show(
         f"\n{_exactness_in_words(result.num_equal, result.num_compared)}; "
         f"held-out text: {result.bits_per_byte:.3f} bits per byte; "
         f"{format_duration(result.seconds)} in all"
     )
     show(f"report: {result.report}")
-    say(f"next: milepost sample {result.run} --prompt 'The state of the Union is'")
+    show(f"report of the fine-tuning: {result.tuning.report}")
+    say(f"next: milepost chat {result.tuning.run}")
 
 
 def kill_step(config: Config) -> int:
@@ -132,27 +145,24 @@ def kill_step(config: Config) -> int:
 def _train(run: Path, *, data: Path, config: Config, recipe: str) -> None:
     words = ["train", recipe, "--run", str(run), "--data.path", str(data)]
     layout = RunLayout(run)
-    last, kill_at = config.last_step, kill_step(config)
-
-    def segment(kill_when: Callable[[Event], bool]) -> bool:
-        with progress("train", total=last) as bar:
-            return run_segment(
-                words,
-                run=run,
-                on_step=lambda event: bar.update(event["step"], note=_note(event, last)),
-                kill_when=kill_when,
-                environment=ON_THE_CPU,
-            )
-
+    kill_at = kill_step(config)
+    segment = partial(
+        run_with_progress,
+        words,
+        what="train",
+        run=run,
+        last_step=config.last_step,
+        environment=ON_THE_CPU,
+    )
     if _may_be_killed(read_history(layout.events), kill_at=kill_at):
         cores = num_available_cores()
-        say(f"2/5  train a small LLaMA on {cores} cores; it will be killed at step {kill_at}")
-        if segment(lambda event: event["step"] >= kill_at):
+        say(f"2/8  train a small LLaMA on {cores} cores; it will be killed at step {kill_at}")
+        if segment(kill_when=lambda event: event["step"] >= kill_at):
             steps = read_history(layout.events).latest_by_step("step")
             say(f"     killed (SIGKILL) after step {max(steps)}")
     restorable = max((step for step, _ in checkpoint_folders(layout)), default=0)
-    say(f"3/5  go on from the checkpoint of step {restorable} with the same command")
-    segment(lambda event: False)
+    say(f"3/8  go on from the checkpoint of step {restorable} with the same command")
+    segment()
 
 
 def _may_be_killed(history: History, *, kill_at: int) -> bool:
@@ -160,11 +170,6 @@ def _may_be_killed(history: History, *, kill_at: int) -> bool:
     steps = history.latest_by_step("step")
     has_compared = any(event["compared"] for event in history.of_kind("replayed"))
     return not has_compared and max(steps, default=0) < kill_at
-
-
-def _note(event: Event, last_step: int) -> str:
-    left = (last_step - event["step"]) * event["step_seconds"]
-    return f"step {event['step']}  loss {event['loss_nats']:.3f}  left {format_duration(left)}"
 
 
 def _say_exactness(history: History) -> tuple[int, int]:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
+from milepost.core.console import progress
 from milepost.core.errors import MilepostError, StopRequested
+from milepost.core.units import format_duration
 from milepost.distributed.place import PARENT_PIPE_VARIABLE
 from milepost.runs.events import Event
 from milepost.runs.following import NewEvents
@@ -78,6 +80,40 @@ def run_segment(
             last_words = talk.read().decode(errors="replace").strip().splitlines()[-4:]
             raise SegmentFailed(process.returncode, last_words=last_words)
     return was_killed
+
+
+def run_with_progress(
+    words: Sequence[str],
+    *,
+    what: str,
+    run: Path,
+    last_step: int,
+    kill_when: Callable[[Event], bool] = lambda event: False,
+    environment: Mapping[str, str] | None = None,
+) -> bool:
+    """As `run_segment`, with a bar up to the last step.
+
+    Args:
+        words: as `run_segment` takes them, like `run`, `kill_when` and `environment`.
+        what: the work, as a short phrase.
+        run: the run folder.
+        last_step: where the bar is full.
+        kill_when: asked after steps.
+        environment: variables.
+    """
+
+    def note(event: Event) -> str:
+        left = (last_step - event["step"]) * event["step_seconds"]
+        return f"step {event['step']}  loss {event['loss_nats']:.3f}  left {format_duration(left)}"
+
+    with progress(what, total=last_step) as bar:
+        return run_segment(
+            words,
+            run=run,
+            on_step=lambda event: bar.update(event["step"], note=note(event)),
+            kill_when=kill_when,
+            environment=environment,
+        )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 from milepost.checkpoint.store import ADAPTER_FILE
 from milepost.core.errors import CheckpointError, UsageError
 from milepost.core.files import json_document, plain_file
-from milepost.inference.load import (
+from milepost.inference.model_files import (
     ADAPTER_CONFIG_FILE,
     PICKLE_SUFFIXES,
     open_tensors,

@@ -1,4 +1,4 @@
-"""A model to talk with: weights, an adapter where there is one, and how conversations are put."""
+"""A model to talk with: the fast form of its weights, and how conversations are put."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from pathlib import Path
 
 import torch
 
-from milepost.checkpoint.store import verify_model_files
-from milepost.core.errors import UsageError
-from milepost.inference.adapter_files import is_adapter, load_lora, read_adapter
 from milepost.inference.decoder import FastDecoder
-from milepost.inference.load import dtype_of_weights, load_model, model_folder
-from milepost.model.lora import merge_lora
-from milepost.runs.layout import step_of_folder
-from milepost.runs.steps import is_run
+from milepost.inference.load import FoundModel, load_found
+from milepost.inference.model_files import dtype_of_weights, read_bounded_json
 from milepost.text.chat_template import ChatTemplate, load_template
 from milepost.text.tokenizer import Tokenizer
 
@@ -42,43 +37,21 @@ class ChatModel:
 
 
 def load_chat_model(
-    path: Path,
-    *,
-    adapter: Path | None = None,
-    step: int | None = None,
-    dtype: str = "auto",
-    device: torch.device | str = "cpu",
+    found: FoundModel, *, dtype: str = "auto", device: torch.device | str = "cpu"
 ) -> ChatModel:
-    """Loads a model, or an adapter with the base it names.
+    """Loads a model that was found, verified.
 
     Args:
-        path: a run, a checkpoint, a Hugging Face LLaMA folder, or an adapter.
-        adapter: a run or a folder whose adapter is put on the model of `path`.
-        step: of a run, which checkpoint; None: the latest. Of `path` where that is a run, else of
-            the adapter.
+        found: see `find_model`.
         dtype: of the forward pass; "auto": that of the weights' file.
         device: where the weights go.
 
     Raises:
-        UsageError: there is no model or adapter.
+        UsageError: the model, its adapter or its template is of a kind that is not computed.
         CheckpointError: a file is missing or damaged, or the adapter belongs to another base.
     """
-    own_step = step if adapter is None or is_run(path) else None
-    folder = path if is_adapter(path) else model_folder(path, step=own_step)
-    if adapter is not None:
-        on_top = _adapter_folder(adapter, step=None if is_run(path) else step)
-    elif is_adapter(folder):
-        on_top, folder = folder, _base_of(folder)
-    else:
-        on_top = None
-    loaded = load_model(folder, device=device)
-    if on_top is not None:
-        if step_of_folder(on_top) is not None:
-            verify_model_files(on_top)
-        load_lora(loaded.model, on_top)
-        merge_lora(loaded.model)
-    shown = on_top or folder
-    computed = dtype_of_weights(folder) if dtype == "auto" else dtype
+    loaded = load_found(found, device=device)
+    computed = dtype_of_weights(found.base) if dtype == "auto" else dtype
     decoder = FastDecoder(
         loaded.model,
         compute_dtype=getattr(torch, computed),
@@ -87,32 +60,21 @@ def load_chat_model(
     return ChatModel(
         decoder=decoder,
         tokenizer=loaded.tokenizer,
-        template=_template(shown) or _template(folder),
-        folder=shown,
-        step=step_of_folder(shown),
+        template=template_of(found),
+        folder=found.folder,
+        step=found.step,
     )
 
 
-def _adapter_folder(path: Path, *, step: int | None) -> Path:
-    folder = model_folder(path, step=step) if is_run(path) else path
-    if not is_adapter(folder):
-        raise UsageError(
-            f"there is no adapter in {folder}: it has no adapter_config.json",
-            hint="give a run of `milepost finetune`, one of its checkpoints, or PEFT's folder",
-        )
-    return folder
+def template_of(found: FoundModel) -> ChatTemplate | None:
+    """How conversations are put to a model; None where its files hold no template."""
+    return _template_in(found.folder) or _template_in(found.base)
 
 
-def _base_of(adapter: Path) -> Path:
-    base = read_adapter(adapter).base
-    if base is None or not Path(base).is_dir():
-        raise UsageError(
-            f"{adapter} is an adapter, and its base {base or 'has no name'} is not here",
-            hint=f"give the base as the model, and --adapter {adapter}",
-        )
-    return model_folder(Path(base))
-
-
-def _template(folder: Path) -> ChatTemplate | None:
-    file = folder / TEMPLATE_FILE
-    return load_template(str(file)) if file.is_file() else None
+def _template_in(folder: Path) -> ChatTemplate | None:
+    file, settings = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    if file.is_file():
+        return load_template(str(file))
+    # Where transformers kept it before it had a file of its own.
+    source = read_bounded_json(settings).get("chat_template") if settings.is_file() else None
+    return ChatTemplate(source, name=settings.name) if isinstance(source, str) else None

@@ -1,13 +1,14 @@
 """A model as it is decoded with: as it lies, or laid out to be faster at it.
 
 With one new token a row a pass reads every weight once and computes little, so what counts is
-how often torch is called and how much memory is read. The blocks of `FastDecoder` are those of
-`model`, written for one position; `ScreenedHead` reads a part of the head.
+how often torch is called and how fast memory is read. The blocks of `FastDecoder` are those of
+`model`, written for one position; `packed` lays a matrix out for it, `ScreenedHead` reads less.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from milepost.config.schema import ModelSection
 from milepost.inference.kv_cache import KVCache
+from milepost.inference.packed_weight import Product, packed
 from milepost.inference.sampling import likeliest_tokens
 from milepost.inference.screened_head import ScreenedHead
 from milepost.model.llama import Block, Llama
@@ -73,7 +75,8 @@ class PlainDecoder:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        return _logits(hidden_BD, self._model.head_weight[: self._vocab_size])
+        weight_VD = self._model.head_weight[: self._vocab_size]
+        return F.linear(hidden_BD, weight_VD.to(hidden_BD.dtype)).float().cpu()
 
     def likeliest(self, hidden_BD: Tensor) -> list[int]:
         """See `Decoder.likeliest`."""
@@ -82,21 +85,23 @@ class PlainDecoder:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of one block in the compute dtype, norms in float32."""
+    """One block: norms in float32, and products in the compute dtype."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Product
+    out: Product
     feed_forward_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Product
+    down: Product
 
 
 class FastDecoder:
     """Takes a model over for decoding; nothing else may train or change it afterwards.
 
-    Its weights are rounded to the compute dtype and laid out side by side, in place, so that
-    hardly more memory is needed; `model` goes on working and computes what it did in that dtype.
+    Its weights are rounded to the compute dtype and laid out side by side, in place; `model` goes
+    on working and computes what it did in that dtype. On the CPU a step has copies of its own: of
+    the blocks' matrices as many bytes again, of the head a byte a weight for the likeliest token,
+    and once `logits` was asked for as many bytes again as the head has.
 
     Attributes:
         model: as it is used for prompts.
@@ -140,25 +145,27 @@ class FastDecoder:
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self._layers):
             normed_BD = _norm(hidden_BD, layer.attention_norm, eps)
-            attended_BD = self._attend(
-                F.linear(normed_BD, layer.qkv), cos_B1H, sin_B1H, mask, cache, index
-            )
-            hidden_BD = hidden_BD + F.linear(attended_BD, layer.out)
+            attended_BD = self._attend(layer.qkv(normed_BD), cos_B1H, sin_B1H, mask, cache, index)
+            hidden_BD = hidden_BD + layer.out(attended_BD)
             normed_BD = _norm(hidden_BD, layer.feed_forward_norm, eps)
-            gate_BF, up_BF = F.linear(normed_BD, layer.gate_up).chunk(2, dim=1)
-            hidden_BD = hidden_BD + F.linear(F.silu(gate_BF) * up_BF, layer.down)
+            gate_BF, up_BF = layer.gate_up(normed_BD).chunk(2, dim=1)
+            hidden_BD = hidden_BD + layer.down(F.silu(gate_BF) * up_BF)
         cache.finish()
         return _norm(hidden_BD, self.model.model.norm.weight, eps)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        return _logits(hidden_BD, self._head_VD)
+        return self._head(hidden_BD).float().cpu()
 
     def likeliest(self, hidden_BD: Tensor) -> list[int]:
         """See `Decoder.likeliest`."""
         if self._screened is None:
             return likeliest_tokens(self.logits(hidden_BD))
         return self._screened.likeliest(hidden_BD)
+
+    @cached_property
+    def _head(self) -> Product:
+        return packed(self._head_VD)
 
     def _attend(
         self,
@@ -189,11 +196,11 @@ def _laid_out(block: Block) -> _Layer:
     attention, mlp = block.self_attn, block.mlp
     return _Layer(
         attention_norm=block.input_layernorm.weight.data,
-        qkv=_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]),
-        out=attention.o_proj.weight.data,
+        qkv=packed(_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])),
+        out=packed(attention.o_proj.weight.data),
         feed_forward_norm=block.post_attention_layernorm.weight.data,
-        gate_up=_side_by_side([mlp.gate_proj, mlp.up_proj]),
-        down=mlp.down_proj.weight.data,
+        gate_up=packed(_side_by_side([mlp.gate_proj, mlp.up_proj])),
+        down=packed(mlp.down_proj.weight.data),
     )
 
 
@@ -212,7 +219,3 @@ def _norm(hidden_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide_BD = hidden_BD.float()
     scale_B1 = wide_BD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
     return (wide_BD * scale_B1).mul_(weight_D).to(hidden_BD.dtype)
-
-
-def _logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
-    return F.linear(hidden_BD, weight_VD.to(hidden_BD.dtype)).float().cpu()

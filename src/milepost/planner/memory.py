@@ -260,6 +260,7 @@ def _casts_bytes(config: Config) -> int:
         return 0
     counted = count_parameters(config.model)
     in_blocks = counted.attention + counted.feed_forward
+    in_blocks += count_additions(config.model, lora=config.lora)
     if config.train.recompute == "block":
         in_blocks //= config.model.num_hidden_layers
     return width * in_blocks
@@ -270,15 +271,17 @@ def _activation_bytes_per_token(config: Config) -> int:
 
     A block keeps its input, the input after each norm, the residual stream after attention,
     queries and the attention's output (6 D); keys and values (2 G H); gate, up and their
-    product (3 F), all in the compute dtype; and a float32 log-sum a head. What is cheap to
-    compute again inside a compiled block is not counted. With recompute a block keeps its
-    input only, and one block at a time has the rest.
+    product (3 F), all in the compute dtype; and a float32 log-sum a head. LoRA's additions keep
+    what lies between their two matrices, the rank of each. What is cheap to compute again inside
+    a compiled block is not counted. With recompute a block keeps its input only, and one block
+    at a time has the rest.
     """
     model, width = config.model, COMPUTE_BYTES[config.train.precision]
     block = width * (
         6 * model.hidden_size
         + 2 * model.num_key_value_heads * model.head_dim
         + 3 * model.intermediate_size
+        + (config.lora.rank or 0) * len(config.lora.targets)
     )
     block += FLOAT32_BYTES * model.num_attention_heads
     if config.train.recompute == "block":

@@ -7,7 +7,7 @@ by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from shutil import get_terminal_size
@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from milepost.checkpoint.store import ADAPTER_FILE, read_checkpoint_manifest, verify_model_files
+from milepost.checkpoint.store import ADAPTER_FILE, read_checkpoint_manifest
 from milepost.config.schema import Config, FinetuneSection
 from milepost.core.console import say, show
-from milepost.core.errors import CheckpointError
-from milepost.core.files import read_json, sha256_of_json, write_json
+from milepost.core.files import sha256_of_json
 from milepost.evaluation.text_quality import text_quality
-from milepost.inference.adapter_files import is_adapter, load_lora
-from milepost.inference.load import LoadedModel, load_model
+from milepost.inference.adapter_files import is_adapter
+from milepost.inference.load import FoundModel, LoadedModel, find_model, load_found, load_model
 from milepost.inference.sampling import Decoding
 from milepost.inference.stream import END_OF_TEXT, stream_tokens
 from milepost.posttrain.finetuning import question_ids
+from milepost.runs.answers import Answer, Answers, length_in_words, read_answers, write_answers
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import read_run_manifest
 from milepost.runs.records import SampleRecord, append_sample
@@ -35,27 +35,9 @@ from milepost.text.chat_template import Message, load_template
 from milepost.text.tokenizer import Tokenizer
 from milepost.train.precision import DTYPES
 
-SCHEMA_VERSION = 1
-FILE = "compare.json"
-
 GAP = "  "
 MOST_LINES = 12
 """Lines of an answer in the table; the record has all of it."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question and what both models said; they are lines of samples.jsonl.
-
-    Attributes:
-        question: without the template.
-        before: of the base.
-        after: of the tuned model.
-    """
-
-    question: str
-    before: dict[str, Any]
-    after: dict[str, Any]
 
 
 def compare_answers(run: Path, *, config: Config) -> list[Answer]:
@@ -71,7 +53,7 @@ def compare_answers(run: Path, *, config: Config) -> list[Answer]:
         For each question the answer before and the answer after.
 
     Raises:
-        CheckpointError: base or checkpoint is damaged.
+        CheckpointError: base or checkpoint is damaged, or what was recorded before.
         StorageError: nothing can be written.
     """
     layout = RunLayout(run)
@@ -88,42 +70,29 @@ def compare_answers(run: Path, *, config: Config) -> list[Answer]:
             "max_new_tokens": section.max_new_tokens,
         }
     )
-    if (known := _read(run / FILE, key=key)) is not None:
-        return known
+    known = read_answers(layout.answers)
+    if known is not None and known.key == key:
+        return list(known.answers)
     say(f"both models answer {len(section.questions)} questions")
     ask = _Questions(manifest.config, section=section, seed=config.run.seed)
-    loaded = load_model(Path(section.base), device=_device())
-    before = ask.answer(loaded, step=0, adapter=None)
-    if is_adapter(folder):
-        verify_model_files(folder)
-        load_lora(loaded.model, folder)
-    else:
-        loaded = load_model(folder, device=_device())
+    base, device = Path(section.base), _device()
+    before = ask.answer(load_model(base, device=device), step=0, adapter=None)
+    # The base may lie at another place by now than the adapter says.
+    tuned = find_model(base, adapter=folder) if is_adapter(folder) else FoundModel(folder)
     adapter = head["files"].get(ADAPTER_FILE, {}).get("sha256")
-    after = ask.answer(loaded, step=step, adapter=adapter)
+    after = ask.answer(load_found(tuned, device=device), step=step, adapter=adapter)
     for record in [*before, *after]:
         append_sample(layout.samples, record)
     answers = [
         Answer(question, of_base.as_line(), of_tuned.as_line())
         for question, of_base, of_tuned in zip(section.questions, before, after, strict=True)
     ]
-    plain = [asdict(answer) for answer in answers]
-    write_json(run / FILE, {"v": SCHEMA_VERSION, "key": key, "step": step, "answers": plain})
+    write_answers(layout.answers, Answers(key, step, tuple(answers)))
     return answers
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _read(path: Path, *, key: str) -> list[Answer] | None:
-    """The answers of a file, if they are those of the key."""
-    if not path.exists():
-        return None
-    values = read_json(path, error=CheckpointError)
-    if not isinstance(values, dict) or values.get("key") != key:
-        return None
-    return [Answer(**answer) for answer in values["answers"]]
 
 
 class _Questions:
@@ -202,7 +171,8 @@ def show_answers(answers: Sequence[Answer]) -> None:
     for answer in answers:
         before, after = (_plain(a["completion"]) for a in (answer.before, answer.after))
         _show_row(_plain(answer.question), before, after, width=width)
-        _show_row("", _length(answer.before), _length(answer.after), width=width)
+        before, after = (f"[{length_in_words(a)}]" for a in (answer.before, answer.after))
+        _show_row("", before, after, width=width)
         show("")
 
 
@@ -210,14 +180,6 @@ def _show_row(*cells: str, width: int) -> None:
     columns = [wrap(cell, width, max_lines=MOST_LINES, placeholder=" ...") for cell in cells]
     for parts in zip_longest(*columns, fillvalue=""):
         show(GAP.join(f"{part:<{width}}" for part in parts).rstrip())
-
-
-def _length(record: dict[str, Any]) -> str:
-    """How long an answer is and how it ended, in words."""
-    number = len(record["token_ids"])
-    stopped = record["decoding"]["stopped"]
-    ending = "stopped by itself" if stopped == END_OF_TEXT else f"cut off ({stopped})"
-    return f"[{number} {'token' if number == 1 else 'tokens'}, {ending.replace('_', ' ')}]"
 
 
 def _plain(text: str) -> str:

@@ -16,11 +16,9 @@ from torch import Tensor
 from milepost.checkpoint.store import ADAPTER_FILE
 from milepost.config.schema import ModelSection
 from milepost.core.errors import CheckpointError, UsageError
-from milepost.inference.adapter_files import (
-    adapter_documents,
-    load_lora,
-)
-from milepost.inference.load import read_config, read_weights
+from milepost.inference.adapter_files import adapter_documents, load_lora, read_adapter
+from milepost.inference.load import FoundModel, LoadedModel
+from milepost.inference.model_files import read_config, read_weights
 from milepost.model.llama import Llama
 from milepost.model.lora import base_sha256, has_lora, lora_shape, lora_state, merge_lora
 from milepost.posttrain.folder_files import CONFIG_FILES, chat_template
@@ -32,7 +30,6 @@ from milepost.posttrain.gguf_file import (
 )
 from milepost.posttrain.gguf_tokenizer import gguf_tokenizer, plain_template
 from milepost.posttrain.modelfile import MODELFILE, modelfile
-from milepost.posttrain.tuned_model import TunedModel
 from milepost.posttrain.weight_shards import write_file, write_weights
 
 
@@ -130,9 +127,7 @@ class HuggingFaceForm:
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-            "```\n\n"
-            "In training the end-of-text token stands before each document: put it before a "
-            "text that has nothing before it."
+            "```"
         )
 
 
@@ -140,15 +135,15 @@ class GgufForm:
     """A GGUF file for llama.cpp and what is built on it, with a Modelfile for Ollama.
 
     Args:
-        tuned: the model; its tokenizer must have a form in GGUF.
+        loaded: the model; its tokenizer must have a form in GGUF.
     """
 
     library = "gguf"
     adapter_in_words = "merged into the weights"
 
-    def __init__(self, tuned: TunedModel) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self._tokenizer = gguf_tokenizer(
-            tuned.loaded.tokenizer, vocab_size=tuned.loaded.model.config.vocab_size
+            loaded.tokenizer, vocab_size=loaded.model.config.vocab_size
         )
 
     def write(
@@ -206,22 +201,25 @@ class AdapterForm:
     """A folder that `PeftModel.from_pretrained` reads: the additions alone.
 
     Args:
-        tuned: the model with its additions.
+        found: where base and adapter lie.
+        llama: the model with its additions.
+
+    Raises:
+        UsageError: there is no adapter.
     """
 
     library = "peft"
     adapter_in_words = "all that is here; the base has to be there too"
 
-    def __init__(self, tuned: TunedModel) -> None:
-        if tuned.adapter is None:
+    def __init__(self, found: FoundModel, llama: Llama) -> None:
+        if found.adapter is None:
             raise UsageError(
-                f"{tuned.folder} has no adapter", hint="give one with --adapter, or --format hf"
+                f"{found.folder} has no adapter", hint="give one with --adapter, or --format hf"
             )
-        self._base = tuned.loaded.folder
-        self._base_name = tuned.base_name
-        llama = tuned.loaded.model
+        self._base = found.base
+        self._base_name = read_adapter(found.adapter).base or str(found.base)
         self._documents = adapter_documents(
-            lora_shape(llama), base=tuned.base_name, base_sha256=base_sha256(llama)
+            lora_shape(llama), base=self._base_name, base_sha256=base_sha256(llama)
         )
 
     def write(
@@ -235,8 +233,9 @@ class AdapterForm:
         files = {name: request.files[name] for name in request.files if name not in CONFIG_FILES}
         for name, content in (files | self._documents).items():
             (folder / name).write_bytes(content)
-        write_file(folder / ADAPTER_FILE, weights, dtype=getattr(torch, request.dtype))
-        on_written((folder / ADAPTER_FILE).stat().st_size)
+        dtype = getattr(torch, request.dtype)
+        write_file(folder / ADAPTER_FILE, weights, dtype=dtype)
+        on_written(sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize)
 
     def weights(self, llama: Llama) -> dict[str, Tensor]:
         return lora_state(llama)
@@ -267,7 +266,7 @@ def _merged(llama: Llama) -> dict[str, Tensor]:
     return dict(llama.state_dict())
 
 
-def make_form(name: str, *, tuned: TunedModel) -> Form:
+def make_form(name: str, *, found: FoundModel, loaded: LoadedModel) -> Form:
     """The form of a name on the command line.
 
     Raises:
@@ -275,5 +274,5 @@ def make_form(name: str, *, tuned: TunedModel) -> Form:
             GGUF.
     """
     if name == "adapter":
-        return AdapterForm(tuned)
-    return GgufForm(tuned) if name == "gguf" else HuggingFaceForm()
+        return AdapterForm(found, loaded.model)
+    return GgufForm(loaded) if name == "gguf" else HuggingFaceForm()

@@ -22,15 +22,22 @@ from milepost.core.errors import DataError, UsageError
 from milepost.core.units import format_count
 from milepost.data.batch import Batch
 from milepost.data.shards import ShardSet
+from milepost.data.sources import HUB_PREFIX
 from milepost.evaluation.validation import ValidationSet
 from milepost.inference.adapter_files import adapter_documents, is_adapter
-from milepost.inference.load import has_manifest, identify, model_folder, read_config, read_weights
+from milepost.inference.load import FoundModel, has_manifest, identify, model_folder
+from milepost.inference.model_files import read_config, read_weights
 from milepost.model.llama import Llama
 from milepost.model.lora import add_lora, base_sha256, lora_shape, lora_state
 from milepost.planner.cost import count_parameters
-from milepost.posttrain.instructions import read_conversations, split_held_out
+from milepost.posttrain.instructions import (
+    Conversation,
+    find_instructions,
+    read_conversations,
+    split_held_out,
+)
 from milepost.posttrain.ledger import Ledger
-from milepost.posttrain.sft_rows import SftRows, build_rows
+from milepost.posttrain.sft_rows import SftRows, build_rows, check_rows
 from milepost.runs.layout import step_of_folder
 from milepost.text.chat_template import ChatTemplate, Message, load_template
 from milepost.text.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +59,25 @@ class Base:
 
     folder: Path
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """A base and how it is spoken to."""
+
+    base: Base
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What rows are made of."""
+
+    asker: _Asker
+    to_train: list[Conversation]
+    to_score: list[Conversation]
+    ledger: Ledger
 
 
 class Finetuning:
@@ -205,11 +231,11 @@ def check_finetuning(config: Config) -> None:
     Raises:
         MilepostError: as `open_finetuning`.
     """
-    base = open_base(Path(config.finetune.base))
-    tokenizer = load_tokenizer(str(base.folder))
-    _check_questions(config, template=_template(config), tokenizer=tokenizer)
-    if "://" not in config.finetune.data:
-        read_conversations(config.finetune.data)
+    if config.finetune.data.startswith(HUB_PREFIX):
+        _open_asker(config)
+        find_instructions(config.finetune.data)  # the ranks fetch them
+    else:
+        _read_material(config)
 
 
 def open_finetuning(config: Config) -> Finetuning:
@@ -220,10 +246,40 @@ def open_finetuning(config: Config) -> Finetuning:
         CheckpointError: a file of the base is missing or damaged.
         DataError: the conversations cannot be read, or none can be used.
     """
+    read = _read_material(config)
+    asker = read.asker
+    make_rows = partial(
+        build_rows,
+        template=asker.template,
+        tokenizer=asker.tokenizer,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+    )
+    rows, ledger = make_rows(read.to_train, ledger=read.ledger)
+    held_out, ledger = make_rows(read.to_score, ledger=ledger)
+    return Finetuning(
+        asker.base,
+        tokenizer=asker.tokenizer,
+        template=asker.template,
+        rows=rows,
+        held_out=held_out if held_out.num_rows else None,
+        ledger=ledger,
+        source=config.finetune.data,
+        uses_lora=config.lora.rank is not None,
+    )
+
+
+def _open_asker(config: Config) -> _Asker:
+    assert config.finetune.template is not None, "the verb looks at it"
     base = open_base(Path(config.finetune.base))
-    tokenizer = load_tokenizer(str(base.folder))
-    template = _template(config)
-    _check_questions(config, template=template, tokenizer=tokenizer)
+    asker = _Asker(base, load_tokenizer(str(base.folder)), load_template(config.finetune.template))
+    _check_questions(config, template=asker.template, tokenizer=asker.tokenizer)
+    return asker
+
+
+def _read_material(config: Config) -> _Material:
+    """All that rows are made of, looked at until it is sure that there will be some."""
+    asker = _open_asker(config)
     conversations, ledger = read_conversations(config.finetune.data)
     fraction = config.finetune.held_out_fraction
     to_train, to_score = split_held_out(conversations, fraction=fraction)
@@ -232,32 +288,13 @@ def open_finetuning(config: Config) -> Finetuning:
             f"all {len(conversations)} conversations of {config.finetune.data} are held out",
             hint="lower finetune.held_out_fraction, or give more conversations",
         )
-    make_rows = partial(
-        build_rows,
-        template=template,
-        tokenizer=tokenizer,
+    check_rows(
+        to_train,
+        template=asker.template,
+        tokenizer=asker.tokenizer,
         sequence_length=config.data.sequence_length,
-        seed=config.run.seed,
     )
-    rows, ledger = make_rows(to_train, ledger=ledger)
-    held_out = None
-    if to_score:
-        held_out, ledger = make_rows(to_score, ledger=ledger)
-    return Finetuning(
-        base,
-        tokenizer=tokenizer,
-        template=template,
-        rows=rows,
-        held_out=held_out,
-        ledger=ledger,
-        source=config.finetune.data,
-        uses_lora=config.lora.rank is not None,
-    )
-
-
-def _template(config: Config) -> ChatTemplate:
-    assert config.finetune.template is not None, "the verb looks at it"
-    return load_template(config.finetune.template)
+    return _Material(asker, to_train, to_score, ledger)
 
 
 def open_base(path: Path) -> Base:
@@ -273,7 +310,7 @@ def open_base(path: Path) -> Base:
     if is_adapter(folder):
         raise _no_base(folder)
     read_config(folder)
-    return Base(folder, identify(folder))
+    return Base(folder, identify(FoundModel(folder)))
 
 
 def _no_base(folder: Path) -> UsageError:
@@ -300,6 +337,11 @@ def _check_questions(config: Config, *, template: ChatTemplate, tokenizer: Token
     """Refuses before the training what would fail behind it."""
     context = config.model.max_position_embeddings
     for question in config.finetune.questions:
+        if not question.strip():
+            raise UsageError(
+                "finetune.questions holds one without a word",
+                hint="take it out, or ask something",
+            )
         num_tokens = len(question_ids(question, template=template, tokenizer=tokenizer))
         if num_tokens >= context:
             raise UsageError(

@@ -102,11 +102,18 @@ def write_gguf(
             for key, tensor in weights.items():
                 turned = to_gguf_rows(key, tensor.detach(), model=model)
                 raw = turned.to("cpu", stored_dtype(tensor, dtype=dtype)).contiguous()
-                writer.write_tensor_data(raw.view(torch.uint8).numpy())
+                writer.write_tensor_data(raw.view(torch.uint8).numpy().view(_Bytes))
                 num_written += raw.nbytes
                 on_written(num_written)
         finally:
             writer.close()
+
+
+class _Bytes(np.ndarray[Any, Any]):
+    """Bytes whose failure to be written says why: numpy's own does not tell a full disk."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.write(self.data)
 
 
 def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, *, template: str | None) -> None:

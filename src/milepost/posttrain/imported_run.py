@@ -23,16 +23,12 @@ from milepost.core.errors import DataError, UsageError
 from milepost.core.files import as_utf8, storage_errors, write_atomically
 from milepost.data.run_data import open_run_data
 from milepost.data.shards import PreparedData
-from milepost.inference.load import (
-    ADAPTER_CONFIG_FILE,
-    CONFIG_FILE,
-    LoadedModel,
-    identify,
-    load_model,
-)
+from milepost.inference.load import LoadedModel, find_model, identify, load_model
+from milepost.inference.model_files import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from milepost.planner.cost import count_parameters
+from milepost.posttrain.finite_weights import refuse_not_finite
 from milepost.posttrain.folder_files import folder_files
-from milepost.posttrain.new_folder import new_folder, refuse_full_disk
+from milepost.posttrain.new_folder import new_folder, refuse_full_disk, refuse_place
 from milepost.runs.events import EventWriter, utc_now
 from milepost.runs.layout import RunLayout, step_of_folder
 from milepost.runs.manifest import RunManifest, write_run_manifest
@@ -41,6 +37,7 @@ from milepost.text.tokenizer import Tokenizer
 from milepost.train.precision import resolve_compile, resolve_precision
 from milepost.trajectory.provenance import recipe_toml
 
+TOKENIZER_FILE = "tokenizer.json"
 RECIPE_FILE = "recipe.toml"
 """The run's settings as a recipe, to train it further with."""
 
@@ -97,18 +94,18 @@ def import_model(
     run = run.resolve()
     if not 0 <= step <= _MOST_STEPS:
         raise UsageError(f"--step is {step}", hint=f"give 0 to {_MOST_STEPS}")
+    refuse_place(run)
     _refuse_filled(run)
     _refuse_other_sources(source)
     loaded = load_model(source)
-    config = _resolved(
-        _config(loaded.model.config, run=run, data=data, step=step, overrides=overrides)
-    )
+    refuse_not_finite(loaded.model, folder=source)
+    config = _resolved(_config(loaded.model.config, data=data, step=step, overrides=overrides))
     prepared = None if data is None else _open_data(config, loaded=loaded)
     num_parameters = count_parameters(config.model).total
     needed = needed_bytes(num_parameters, weights_dtype=config.checkpoint.weights_dtype)
     refuse_full_disk(run, needed_bytes=needed)
     manifest = _manifest(config, source=source, loaded=loaded, data=prepared)
-    with new_folder(run) as folder:
+    with new_folder(run, refuse_filled=lambda: _refuse_filled(run)) as folder:
         _write_run(RunLayout(folder), manifest=manifest, loaded=loaded, step=step)
     return ImportedRun(run, source, config, step, num_parameters, prepared is not None)
 
@@ -133,10 +130,16 @@ def _refuse_other_sources(source: Path) -> None:
             hint="give a Hugging Face folder on this machine: config.json, tokenizer.json and "
             "model.safetensors",
         )
+    if (source / CONFIG_FILE).exists() and not (source / TOKENIZER_FILE).exists():
+        raise UsageError(
+            f"{source} has no {TOKENIZER_FILE}",
+            hint="where there is another form of the tokenizer, load it with transformers' "
+            "AutoTokenizer and save it there",
+        )
 
 
 def _config(
-    model: ModelSection, *, run: Path, data: Path | None, step: int, overrides: Sequence[str]
+    model: ModelSection, *, data: Path | None, step: int, overrides: Sequence[str]
 ) -> Config:
     """The run's config: the model's architecture, settings to train it further with."""
     length = min(model.max_position_embeddings, _LONGEST_ROW)
@@ -154,17 +157,47 @@ def _config(
     }
     usual = validate(sections, source=_SOURCE)
     config = config_from_toml(recipe_toml(usual), overrides=overrides, source=_SOURCE)
-    if config.model.model_copy(update={"residual_init": model.residual_init}) != model:
-        raise UsageError(
-            "the architecture is that of the model folder and cannot be set",
-            hint="leave --model.* out",
-        )
+    _refuse_settings(config, usual=usual)
     if config.train.total_steps <= step:
         raise UsageError(
             f"train.total_steps is {config.train.total_steps}, the import begins at step {step}",
             hint=f"set --train.total_steps above {step}",
         )
     return config
+
+
+def _refuse_settings(config: Config, *, usual: Config) -> None:
+    """Refuses settings that an imported run could not honor.
+
+    Args:
+        config: as a person set it.
+        usual: as it is where nobody sets anything.
+
+    Raises:
+        UsageError: names the first.
+    """
+    model = config.model.model_copy(update={"residual_init": usual.model.residual_init})
+    if model != usual.model:
+        raise UsageError(
+            "the architecture is that of the model folder and cannot be set",
+            hint="leave --model.* out",
+        )
+    if config.data.path != usual.data.path:
+        raise UsageError(
+            "the data of an imported run is checked against the model, so --data names it",
+            hint=f"give --data {config.data.path} in place of --data.path",
+        )
+    if (config.lora, config.finetune) != (usual.lora, usual.finetune):
+        raise UsageError(
+            "[lora] and [finetune] are settings of milepost finetune",
+            hint="import the model without them, then run milepost finetune on the run",
+        )
+    if config.optimizer.name != usual.optimizer.name:
+        raise UsageError(
+            f"an imported run begins with the moments of {usual.optimizer.name}, "
+            f"optimizer.name is {config.optimizer.name}",
+            hint="leave --optimizer.name out",
+        )
 
 
 def _resolved(config: Config) -> Config:
@@ -212,7 +245,7 @@ def _manifest(
         environment=describe_environment(),
         lineage={
             "imported_from": str(source.resolve()),
-            "imported_sha256": identify(loaded.folder),
+            "imported_sha256": identify(find_model(source)),
             "imported_step": step_of_folder(loaded.folder),
         },
     )

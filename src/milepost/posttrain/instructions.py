@@ -79,12 +79,7 @@ def read_conversations(source: str) -> tuple[list[Conversation], Ledger]:
             of several, or none of them can be used.
         UsageError: it is not the name of a dataset on the hub.
     """
-    if not source.startswith(HUB_PREFIX) and not Path(source).exists():
-        raise DataError(
-            f"there is no instruction data at {source}",
-            hint="check the path; a dataset on the hub is hf://datasets/owner/name",
-        )
-    files = find_files([source], forms=ROW_FORMS)
+    files = find_instructions(source)
     conversations: list[Conversation] = []
     drops: list[Drop] = []
     name: str | None = None
@@ -96,7 +91,7 @@ def read_conversations(source: str) -> tuple[list[Conversation], Ledger]:
         for row in rows:
             _check_form(row, name)
             try:
-                messages = _checked(list(_READERS[name](row.fields)))
+                messages = _checked([*_system(row.fields), *_READERS[name](row.fields)])
                 conversations.append(Conversation(messages, row.file, row.number))
             except _Unusable as problem:
                 drops.append(Drop(row.file, row.number, problem.reason, problem.what))
@@ -108,6 +103,20 @@ def read_conversations(source: str) -> tuple[list[Conversation], Ledger]:
             hint=f"the first is {first.source}:{first.line}: {first.what}",
         )
     return conversations, ledger
+
+
+def find_instructions(source: str) -> list[SourceFile]:
+    """The files of a source, as `read_conversations` reads them.
+
+    Raises:
+        DataError, UsageError: as there; the files are not opened.
+    """
+    if not source.startswith(HUB_PREFIX) and not Path(source).exists():
+        raise DataError(
+            f"there is no instruction data at {source}",
+            hint="check the path; a dataset on the hub is hf://datasets/owner/name",
+        )
+    return find_files([source], forms=ROW_FORMS)
 
 
 def split_held_out(
@@ -148,7 +157,8 @@ def _at_hand(files: list[SourceFile]) -> Iterator[tuple[SourceFile, Path]]:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-    return "null" if value is None else names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 _KEYS = {
@@ -181,6 +191,21 @@ def _check_form(row: Row, name: str) -> None:
         f"{row.place} {seen}, the rows before it are of the form {name}",
         hint="keep one form in a file; give the others in a run of their own, or convert them",
     )
+
+
+def _system(fields: dict[str, Any]) -> Iterator[Message]:
+    """What stands beside the turns of any form."""
+    _refuse_unread(fields, "history")
+    system = _text(fields.get("system"), "field 'system'")
+    if system:
+        yield Message("system", system)
+
+
+def _refuse_unread(fields: dict[str, Any], *names: str) -> None:
+    """Refuses what would change the conversation and is not read."""
+    for name in names:
+        if fields.get(name):
+            raise _Unusable("unread_field", f"it has {name!r}: {shown(fields[name])}")
 
 
 def _alpaca(fields: dict[str, Any]) -> Iterator[Message]:
@@ -218,6 +243,7 @@ def _turns(turns: Any, *, field: str, role_key: str, text_key: str) -> Iterator[
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in ROLES:
             raise _Unusable("unknown_role", f"{place} has {role_key!r} {shown(role)}")
+        _refuse_unread(turn, "tool_calls")
         yield Message(ROLES[role], _text(turn.get(text_key), place))
 
 

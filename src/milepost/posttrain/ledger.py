@@ -13,7 +13,10 @@ REASONS = {
     "no_turns": "without messages",
     "unknown_role": "with an unknown role",
     "out_of_order": "with turns out of order",
+    "unread_field": "with a field that is not read (history, tool_calls)",
     "unusable_character": "with a NUL character or half a character",
+    "refused": "refused by the chat template",
+    "never_ends": "with an answer that the chat template does not end",
     "too_long": "longer than a row",
 }
 """Every reason a conversation may be left out for, as it is said after a number of them."""

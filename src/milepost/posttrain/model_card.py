@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from milepost import __version__
-from milepost.config.schema import ModelSection
+from milepost.config.schema import LoraSection, ModelSection
 from milepost.core.units import format_count
 from milepost.planner.cost import count_parameters
 from milepost.posttrain.parity import Parity
@@ -44,8 +44,9 @@ def model_card(
         f"# {_plain(name)}",
         _first_words(model, facts),
         usage,
+        *_how_to_begin(facts, library=library),
         _table("Architecture", _architecture(model)),
-        *([] if facts is None else [_table("Training", _training(facts)), _scores(facts)]),
+        *([] if facts is None else [_table(*_training(facts)), _scores(facts)]),
         _table("This export", _export(parity, source_sha256=source_sha256, adapter=adapter)),
         "## License\n\nNot stated. Whoever publishes this model chooses one, with a look at the "
         "terms of its data.",
@@ -62,12 +63,30 @@ def _first_words(model: ModelSection, facts: RunFacts | None) -> str:
     size = f"A LLaMA of {format_count(count_parameters(model).total)} parameters"
     if facts is None:
         return f"{size}. Where it was trained, no record says."
-    last = facts.manifest.config.train.total_steps
-    how = "from random weights" if not facts.manifest.lineage else "from another model (see below)"
-    return (
-        f"{size}, step {facts.step:,} of {last:,} of the run `{_plain(facts.name)}`, which was "
-        f"trained with Milepost {how}."
-    )
+    last, lineage = facts.manifest.config.train.total_steps, facts.manifest.lineage
+    run = f"the run `{_plain(facts.name)}`"
+    if not facts.is_trained:
+        what = "as it was taken from another model (see below)" if lineage else "of random weights"
+        return f"{size}, {what}, before any training in {run} of Milepost."
+    how = "from another model (see below)" if lineage else "from random weights"
+    return f"{size}, step {facts.step:,} of {last:,} of {run}, which Milepost trained {how}."
+
+
+def _how_to_begin(facts: RunFacts | None, *, library: str) -> list[str]:
+    """What a reader of the model must know of the beginning of a text; of a stranger's nothing."""
+    if facts is None or not facts.is_trained:
+        return []
+    if "base_sha256" in facts.manifest.lineage:
+        return [
+            "It was tuned on conversations in the form of its chat template: put a question to it "
+            "in that form."
+        ]
+    if library == "gguf":  # whose metadata says it to programs
+        return []
+    return [
+        "In training the end-of-text token stands before each document: put it before a text "
+        "that has nothing before it."
+    ]
 
 
 def _architecture(model: ModelSection) -> Rows:
@@ -83,24 +102,37 @@ def _architecture(model: ModelSection) -> Rows:
     ]
 
 
-def _training(facts: RunFacts) -> Rows:
+def _training(facts: RunFacts) -> tuple[str, Rows]:
+    """The title and rows of what is on record; settings are of no account before any training."""
     manifest, config = facts.manifest, facts.manifest.config
     rate, schedule = config.optimizer.learning_rate, config.schedule
-    rows = [
+    settings = [
         ("recipe", manifest.recipe),
         ("tokens seen", "unknown" if facts.tokens_seen is None else f"{facts.tokens_seen:,}"),
         ("global batch", f"{config.train.global_batch_tokens:,} tokens"),
         ("row", f"{config.data.sequence_length:,} tokens"),
         ("optimizer", f"{config.optimizer.name}, learning rate {rate:g}, {schedule.name}"),
         ("warm-up", f"{schedule.warmup_steps:,} steps"),
+        ("what was trained", _trained_part(config.lora)),
         ("precision", config.train.precision),
         ("seed", str(config.run.seed)),
         ("trained on", "; ".join(facts.devices) or "unknown"),
         ("data fingerprint", manifest.data_fingerprint or "unknown"),
+    ]
+    identity = [
         ("tokenizer SHA-256", manifest.tokenizer_sha256),
         ("run", manifest.run_id),
     ]
-    return rows + [(f"lineage: {name}", value) for name, value in _flat(manifest.lineage)]
+    lineage = [(f"lineage: {name}", value) for name, value in _flat(manifest.lineage)]
+    if not facts.is_trained:
+        return "Origin", identity + lineage
+    return "Training", settings + identity + lineage
+
+
+def _trained_part(lora: LoraSection) -> str:
+    if lora.rank is None:
+        return "all weights"
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Rows:
@@ -138,7 +170,10 @@ def _score_line(record: dict[str, Any], metric: str, value: dict[str, Any]) -> s
     if value.get("stderr") is not None:
         number += f" ± {value['stderr']:.4f}"
     what = _plain(f"{record.get('benchmark')} {metric}")
-    return f"| {what} | {record.get('num_fewshot')} | {record.get('n')} | {number} |"
+    items = f"{record.get('n')}"
+    if record.get("limit") is not None and record.get("limit") == record.get("n"):
+        items = f"the first {items}"
+    return f"| {what} | {record.get('num_fewshot')} | {items} | {number} |"
 
 
 def _export(parity: Parity, *, source_sha256: str, adapter: str | None) -> Rows:
@@ -159,6 +194,6 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> str:
 def _plain(text: str) -> str:
     """One line that ends no cell of a table and begins no markup."""
     line = " ".join(text.split())
-    for character in "\\|`<":
+    for character in "\\|`<[*":
         line = line.replace(character, f"\\{character}")
     return line

@@ -78,6 +78,29 @@ def logits_of(model: Llama, ids_BT: Tensor) -> Tensor:
     return F.linear(model(ids_BT), model.head_weight)
 
 
+def refuse_other_weights(read: Llama, *, expected: Llama) -> None:
+    """Holds every weight that was read back to what was to be written, to the last bit.
+
+    The logits of a few tokens say nothing of the rows of other tokens.
+
+    Args:
+        read: from the export.
+        expected: the model with each weight rounded to its type in the export.
+
+    Raises:
+        CheckpointError: names the first weight that is another.
+    """
+    found = dict(read.named_parameters())
+    for name, parameter in expected.named_parameters():
+        if not torch.equal(found[name], parameter):
+            raise CheckpointError(
+                f"the export does not hold what the model holds: {name} was read back with "
+                "other values",
+                hint="nothing was left behind; check the disk and export once more. If it "
+                "happens again, it is a fault of the program: report it",
+            )
+
+
 def judge_parity(own: Tensor, *, rounded: Tensor, exported: Tensor, dtype: str) -> Parity:
     """Holds the logits of an export against the run's own.
 

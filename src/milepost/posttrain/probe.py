@@ -34,10 +34,13 @@ class ProbeSettings:
     Attributes:
         num_likeliest: next tokens to name, 1 or more.
         max_new_tokens: most tokens of a completion; 0: none is written.
+        has_beginning: whether the token that begins a text stands before each prompt: end-of-text
+            where Milepost pretrained. Tuned models have not seen it before a conversation.
     """
 
     num_likeliest: int = 5
     max_new_tokens: int = 24
+    has_beginning: bool = True
 
     def __post_init__(self) -> None:
         if self.num_likeliest < 1:
@@ -69,8 +72,6 @@ def probe(
 ) -> list[ProbeRecord]:
     """Puts every variant to one model, in float32.
 
-    Before each prompt stands the token that begins a text: end-of-text where Milepost trained.
-
     Args:
         loaded: the model; its weights are only read.
         variants: the first is the base that the others are compared with.
@@ -81,14 +82,15 @@ def probe(
         One record a variant, in order.
 
     Raises:
-        UsageError: a prompt leaves no room in the context.
+        UsageError: a prompt is empty, or leaves no room in the context.
         DivergedError: the logits are not finite.
         DataError: a prompt has no UTF-8 form.
     """
     tokenizer = loaded.tokenizer
     shown = VisibleTokens(tokenizer)
     prompts_ids = [tokenizer.encode(variant.prompt) for variant in variants]
-    rows = [[tokenizer.beginning_id, *ids] for ids in prompts_ids]
+    beginning = [tokenizer.beginning_id] if settings.has_beginning else []
+    rows = [[*beginning, *ids] for ids in prompts_ids]
     _check_room(variants, rows, context=loaded.model.config.max_position_embeddings)
     log_p_RV = next_token_log_probabilities(loaded, rows)
     written = _written(loaded, rows, max_new_tokens=settings.max_new_tokens)
@@ -197,10 +199,15 @@ def _check_room(
     variants: Sequence[Variant], rows: Sequence[Sequence[int]], *, context: int
 ) -> None:
     for variant, row in zip(variants, rows, strict=True):
+        if not row:
+            raise UsageError(
+                f"the variant {variant.name!r} has no token to go on from",
+                hint="a model with a chat template is given the prompt alone",
+            )
         if len(row) >= context:
             raise UsageError(
-                f"the variant {variant.name!r} has {len(row)} tokens with the one that begins a "
-                f"text; the model's context is {context}",
+                f"the variant {variant.name!r} has {len(row)} tokens, the one that begins a text "
+                f"included; the model's context is {context}",
                 hint=f"shorten it to at most {context - 2} tokens",
             )
 
@@ -244,6 +251,6 @@ def _decoding(settings: ProbeSettings) -> dict[str, Any]:
         "temperature": 0.0,
         "top_k": None,
         "top_p": None,
-        "bos": True,  # the token that begins a text stands before the prompt
+        "bos": settings.has_beginning,
         "dtype": "float32",
     }

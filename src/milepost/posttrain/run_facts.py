@@ -22,6 +22,8 @@ class RunFacts:
         name: of the run.
         manifest: of the run.
         step: of the checkpoint.
+        is_trained: whether the run has trained up to there, which a run does not that begins at
+            this step, from another model or from random weights.
         tokens_seen: target tokens trained on up to there; None where no record says.
         validation: its event; None where there is none.
         scores: evaluation records of the step, in file order.
@@ -31,6 +33,7 @@ class RunFacts:
     name: str
     manifest: RunManifest
     step: int
+    is_trained: bool
     tokens_seen: int | None
     validation: dict[str, Any] | None
     scores: list[dict[str, Any]]
@@ -53,12 +56,14 @@ def read_run_facts(folder: Path) -> RunFacts | None:
     except UsageError:  # checkpoints that somebody put in a folder of this form
         return None
     history = read_history(layout.events)
+    steps = history.latest_by_step("step")
     scores = EvaluationStore(run).latest().values()
     return RunFacts(
         name=manifest.config.run.name or layout.name,
         manifest=manifest,
         step=step,
-        tokens_seen=history.latest_by_step("step").get(step, {}).get("tokens_seen"),
+        is_trained=any(trained <= step for trained in steps),
+        tokens_seen=steps.get(step, {}).get("tokens_seen"),
         validation=history.latest_by_step("validation").get(step),
         scores=[line for line in scores if line.get("step") == step],
         devices=list(

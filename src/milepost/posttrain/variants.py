@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def read_variants(path: Path) -> list[Variant]:
             are passed over.
 
     Raises:
-        UsageError: the ending is another.
-        DataError: a line cannot be read, two have one name, or there are none or too many.
+        UsageError: there is no such file, or its ending is another.
+        DataError: a line cannot be read, two have one name or one prompt, or there are none or
+            too many.
         StorageError: the file cannot be read.
     """
     if path.suffix not in (".txt", ".jsonl"):
@@ -92,6 +94,8 @@ def read_variants(path: Path) -> list[Variant]:
             f"variants are read from .txt and .jsonl, not from {path.name}",
             hint="in a .txt file each line is a prompt",
         )
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", hint="give a .txt or .jsonl file")
     lines = [(n, line) for n, line in enumerate(_lines(path), start=1) if line]
     if not 1 <= len(lines) <= MOST_VARIANTS:
         raise DataError(
@@ -103,15 +107,24 @@ def read_variants(path: Path) -> list[Variant]:
 
 
 def checked(variants: list[Variant], *, source: str) -> list[Variant]:
-    """The variants themselves, if each has a name of its own.
+    """The variants themselves, if each has a name and a prompt of its own.
 
     Raises:
         DataError: two of them share one.
     """
-    names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{source} has two variants named {name!r}", hint="rename one of them")
+    by_name: dict[str, Variant] = {}
+    by_prompt: dict[str, Variant] = {}
+    for variant in variants:
+        if variant.name in by_name:
+            raise DataError(
+                f"{source} has two variants named {variant.name!r}", hint="rename one of them"
+            )
+        if (same := by_prompt.get(variant.prompt)) is not None:
+            raise DataError(
+                f"{source}: the variants {same.name!r} and {variant.name!r} are the same prompt",
+                hint="leave one of them out",
+            )
+        by_name[variant.name] = by_prompt[variant.prompt] = variant
     return variants
 
 
@@ -135,12 +148,16 @@ def _distinct(*variants: Variant) -> list[Variant]:
 
 
 def _lines(path: Path) -> Iterable[str]:
-    """Lines by line feed alone, as a prompt may hold what else Python takes for a line's end."""
+    """Lines by line feed alone, as a prompt may hold what else Python takes for a line's end.
+
+    A byte order mark, which some editors put before a text, is no part of it.
+    """
     with storage_errors(path, verb="read"):
         with path.open("rb") as file:
             data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:
         raise DataError(f"{path} is larger than {MOST_FILE_BYTES} bytes", hint="split it")
+    data = data.removeprefix(codecs.BOM_UTF8)
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
             yield line.removesuffix(b"\r").decode()
@@ -166,9 +183,15 @@ def _prompt_in_json(line: str, *, place: str, name: str) -> Variant:
             hint="system goes with question; a prompt is a whole text",
         )
     name = row.get("name", name)
+    if not name.strip():
+        raise DataError(f"{place} has an empty name", hint="leave name out, or give a word or two")
     if "prompt" in row:
         return Variant(name, row["prompt"])
-    return Variant(name, _chat(row["question"], system=row.get("system", DEFAULT_SYSTEM)))
+    try:
+        prompt = _chat(row["question"], system=row.get("system", DEFAULT_SYSTEM))
+    except DataError as error:
+        raise DataError(f"{place}: {error.message}", hint=error.hint) from error
+    return Variant(name, prompt)
 
 
 def _object_of_texts(line: str, *, place: str) -> dict[str, str]:
@@ -178,6 +201,12 @@ def _object_of_texts(line: str, *, place: str) -> dict[str, str]:
         raise DataError(f"{place} is not JSON: {error}", hint=_JSON_FORM) from error
     if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
         raise DataError(f"{place} is not an object of texts", hint=_JSON_FORM)
+    try:
+        "".join(row.values()).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place} holds a lone surrogate, half a character", hint="mend the text or drop it"
+        ) from error
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
         raise DataError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from milepost.checkpoint.tensor_files import write_tensors
 from milepost.core.files import as_storage_error, storage_errors, system_error, write_json
-from milepost.inference.load import INDEX_FILE, WEIGHTS_FILE
+from milepost.inference.model_files import INDEX_FILE, WEIGHTS_FILE
 
 
 def write_weights(

@@ -41,6 +41,16 @@ class RunLayout:
         return self.root / "probes.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """Of a fine-tuning: answers to fixed questions before and after."""
+        return self.root / "compare.json"
+
+    @property
+    def exact_answers(self) -> Path:
+        """Of the demo's fine-tuning: questions with one right answer, before and after."""
+        return self.root / "exact_answers.json"
+
+    @property
     def ratings(self) -> Path:
         """Scores of completions by people and by models."""
         return self.root / "ratings.jsonl"

@@ -67,6 +67,17 @@ _MARKS = {name: f"\0[{name}]\0" for name in ("end", "beginning", "answer", "othe
 """What stands in the rendered text for control tokens and the borders of answers; messages
 hold no NUL, so none of these can come from a message."""
 
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What the expressions of a template raise beside jinja's own errors."""
+
 _BREAK = "\0"
 """Stands inside what only looks like a control token, in a message, until it is rendered."""
 
@@ -183,9 +194,11 @@ class ChatTemplate:
                 eos_token=_MARKS["end"],
                 bos_token=_MARKS["beginning"],
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except (jinja2.TemplateError, *_FAILURES) as error:
             raise DataError(
-                f"the chat template {self.name} refuses this conversation: {error}"
+                f"the chat template {self.name} refuses this conversation: "
+                f"{error or type(error).__name__}",
+                hint="mend the template, or use vicuna-1.1",
             ) from error
 
 

@@ -98,6 +98,15 @@ class Tokenizer:
         """
         return [self._codec.encode(_checked(text)) for text in texts]
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number of ids that the text cannot take less than, without encoding it.
+
+        0 where the tokenizer's tokens do not stand for fixed bytes.
+        """
+        if self._num_bytes is None or self._content.get("normalizer"):
+            return 0
+        return len(text.encode("utf-8", "replace")) // int(self._num_bytes.max())
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, control tokens by their names; bytes that are not UTF-8 become U+FFFD.
 

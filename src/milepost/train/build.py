@@ -339,8 +339,9 @@ def start_segment(
     if opened.parent is not None:
         _record_parent(opened.parent, events=parts.events)
     where = "from the first step" if not restored else f"goes on from step {restored}"
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     compiled = "compiled" if config.train.compile else "not compiled"
-    say(f"{layout.root}: {where}; {world.size} ranks, {config.train.precision}, {compiled}")
+    say(f"{layout.root}: {where}; {ranks}, {config.train.precision}, {compiled}")
     say(f"{exactness}: {reason}")
     if parts.replay.num_expected:
         say(f"{parts.replay.num_expected} logged steps will be run again and compared")

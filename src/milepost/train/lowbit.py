@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from milepost.config.schema import OptimizerSection
+from milepost.train.code_table import make_table
 from milepost.train.installed import check_optimizer
 
 _BLOCK_SIZE = 256
@@ -27,7 +28,12 @@ _PARTS = ("codes", "scale", "map")
 def build_adamw8bit(
     groups: list[dict[str, Any]], *, config: OptimizerSection
 ) -> torch.optim.Optimizer:
-    """torchao's optimizer; its update runs as it stands, not compiled.
+    """torchao's optimizer with an update of ours, which has the bits of torchao's.
+
+    torchao compiles its own for every shape anew, which takes minutes at each start on a CPU and
+    a compiler that may not be there; and where the loop's block is compiled, compiling anything
+    for a second shape is refused. As it stands, not compiled, it is several times slower than
+    this one (see `code_table`).
 
     Args:
         groups: of parameters, with their weight decay.
@@ -41,16 +47,22 @@ def build_adamw8bit(
         from torchao.optim import AdamW8bit
 
     class Uncompiled(AdamW8bit):
-        """The update as it stands.
+        """torchao's states, updated below."""
 
-        torchao compiles it for every shape anew, which takes minutes at each start on a CPU and
-        a compiler that may not be there; and where the loop's block is compiled, compiling
-        anything for a second shape is refused.
-        """
-
+        @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            with torch.compiler.set_stance("force_eager"):
-                return super().step(closure)
+            assert closure is None
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    state = self.state[parameter]
+                    if not state:
+                        state["step"] = torch.tensor(0.0)
+                        state["exp_avg"] = self._new_buffer(parameter, True)
+                        state["exp_avg_sq"] = self._new_buffer(parameter, False)
+                    _update(parameter, state=state, group=group)
+            return None
 
     return Uncompiled(
         groups,
@@ -59,6 +71,37 @@ def build_adamw8bit(
         eps=config.eps,
         block_size=_BLOCK_SIZE,
     )
+
+
+def _update(parameter: torch.Tensor, *, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """AdamW in float32, in place; each operation is torchao's, so that its bits are."""
+    beta1, beta2 = group["betas"]
+    gradient, lr = parameter.grad, group["lr"]
+    assert gradient is not None
+    state["step"] += 1
+    mean_correction, square_correction = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+    mean = state["exp_avg"].float().lerp(gradient, 1 - beta1)
+    square = state["exp_avg_sq"].float().lerp(gradient.square(), 1 - beta2)
+    for moment, value in (("exp_avg", mean), ("exp_avg_sq", square)):
+        _keep(value, name=moment, state=state)
+    weights = parameter - lr * group["weight_decay"] * parameter
+    root = (square.sqrt() / square_correction.sqrt()) + group["eps"]
+    parameter.copy_(weights - lr * (mean / mean_correction) / root)
+
+
+def _keep(value: torch.Tensor, *, name: str, state: dict[str, Any]) -> None:
+    """Puts a moment back as it is held: in codes, each a part of its block's largest, or whole."""
+    held = state[name]
+    if not is_coded(held.numel()):
+        held.copy_(value)
+        return
+    table = state.get(f"{name}_table")
+    if table is None:  # a look at the map waits for the GPU: once
+        table = state[f"{name}_table"] = make_table(held.qmap)
+    blocks = value.view(-1, _BLOCK_SIZE)
+    scale = blocks.abs().amax(-1).clip(1e-12)  # torchao's, so that no block is divided by 0
+    held.codes.copy_(table.look_up(blocks / scale.view(-1, 1)).view(held.codes.shape))
+    held.scale.copy_(scale)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def train_as_rank(
     """
     stop = StopSignal()
     die_with_parent(place)
-    _check_settings(config, place=place)
+    _check_means(place, config)
     layout = RunLayout(run)
     with contextlib.ExitStack() as stack:
         subject = open_subject(config)
@@ -126,8 +126,8 @@ def train_as_rank(
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
 
 
-def _check_settings(config: Config, *, place: Place) -> None:
-    """Refuses what cannot be trained here, before anything is opened."""
+def _check_means(place: Place, config: Config) -> None:
+    """Refuses what this many ranks, or what is installed, cannot do."""
     check_ranks(place.size, lanes=config.train.lanes)
     check_trackers(config.tracking.tools)
     check_optimizer(config.optimizer)

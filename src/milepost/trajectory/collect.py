@@ -15,11 +15,14 @@ from typing import Any
 
 from milepost.core.errors import CheckpointError
 from milepost.core.files import read_json_lines
+from milepost.runs.answers import Answers, read_answers
 from milepost.runs.evaluations import EvaluationStore
 from milepost.runs.events import SCHEMA_VERSION, Event, History, present_events, read_history
+from milepost.runs.exact_answers import ExactAnswers, read_exact_answers
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
 from milepost.runs.overrides import config_with_overrides
+from milepost.runs.probes import read_probes
 from milepost.runs.records import read_samples
 from milepost.trajectory.benchmarks import Series, main_series, series_of
 from milepost.trajectory.fields import all_finite, finite, text, whole
@@ -117,6 +120,10 @@ class Trajectory:
         other_events: kind to count, of the kinds that have no place of their own.
         batches: step to the hash of its batch, where it is on record.
         refused: what the guards refused.
+        probes: lines of what small changes of a prompt did.
+        answers: of a fine-tuning: to its questions, before and after; None where there are none.
+        exact_answers: likewise, to questions with one right answer.
+        answers_problem: why those on record cannot be read; empty where they can.
     """
 
     layout: RunLayout
@@ -133,11 +140,20 @@ class Trajectory:
     other_events: dict[str, int]
     batches: dict[int, str]
     refused: Refused
+    probes: list[dict[str, Any]]
+    answers: Answers | None = None
+    exact_answers: ExactAnswers | None = None
+    answers_problem: str = ""
 
     @property
     def name(self) -> str:
         """What people call the run."""
         return self.manifest.config.run.name or self.layout.name
+
+    @property
+    def is_finetuning(self) -> bool:
+        """Whether it tuned a model that was there already."""
+        return self.manifest.config.is_finetuning
 
     @property
     def has_events(self) -> bool:
@@ -171,6 +187,7 @@ def collect(run: Path) -> Trajectory:
     present = History(present_events(history.events), history.num_bad_lines)
     manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
+    probes, num_bad_probes = read_probes(layout.probes)
     lines, num_bad_lines = read_json_lines(layout.evaluations)
     records = [line for line in lines if isinstance(line.get("key"), str) and "run_id" in line]
     own, left_out = _own_records(records, layout=layout, run_id=manifest.run_id)
@@ -179,7 +196,9 @@ def collect(run: Path) -> Trajectory:
         layout.events.name: history.num_bad_lines + num_foreign,
         layout.evaluations.name: num_bad_lines + len(lines) - len(records) + num_empty,
         layout.samples.name: num_bad_samples,
+        layout.probes.name: num_bad_probes,
     }
+    answers, exact_answers, answers_problem = _answers(layout)
     return Trajectory(
         layout=layout,
         manifest=manifest,
@@ -195,7 +214,19 @@ def collect(run: Path) -> Trajectory:
         other_events=_other_events(history.events),
         batches=_batches(present.of_kind("step")),
         refused=refused_of(history.events),
+        probes=probes,
+        answers=answers,
+        exact_answers=exact_answers,
+        answers_problem=answers_problem,
     )
+
+
+def _answers(layout: RunLayout) -> tuple[Answers | None, ExactAnswers | None, str]:
+    """What the files of answers hold, or why one cannot be read: the rest is worth a report."""
+    try:
+        return read_answers(layout.answers), read_exact_answers(layout.exact_answers), ""
+    except CheckpointError as error:
+        return None, None, str(error)
 
 
 def _known_events(history: History, *, path: Path) -> tuple[History, int]:

@@ -45,6 +45,8 @@ class Course:
         source: where the numbers come from, in words.
         curves: metric name (see `runs.metric_names`) to curve; none is empty.
         flops_per_token: of training; None where the model's shape is not known.
+        flops_per_step: of a fine-tuning, in place of the former: an update reads whole
+            conversations, and only the tokens of answers are counted as seen.
         restarts: steps at which training was started anew.
         notes: what a reader of the numbers has to know, a sentence each.
         is_baseline: whether it is drawn as levels (dotted), not as a curve.
@@ -54,6 +56,7 @@ class Course:
     source: str
     curves: dict[str, Curve]
     flops_per_token: float | None = None
+    flops_per_step: float | None = None
     restarts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     is_baseline: bool = field(default=False)
@@ -65,4 +68,15 @@ class Course:
             return curve.steps
         if axis == "tokens":
             return curve.tokens
-        return curve.tokens * (np.nan if self.flops_per_token is None else self.flops_per_token)
+        return self.flops(steps=curve.steps, tokens=curve.tokens)
+
+    def flops(self, *, steps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Training FLOPs up to so many steps and tokens, float64[N]; NaN where unknown."""
+        if self.flops_per_step is not None:
+            return steps * self.flops_per_step
+        return tokens * (np.nan if self.flops_per_token is None else self.flops_per_token)
+
+    @property
+    def counts_answers(self) -> bool:
+        """Whether its tokens are those of answers alone."""
+        return self.flops_per_step is not None

@@ -17,8 +17,8 @@ from milepost.runs.lineage import restore_words
 from milepost.runs.metric_names import GRAD_NORM, STEP_METRICS, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.fields import text
+from milepost.trajectory.sections.wording import enumerate_words, plural
 from milepost.trajectory.segments import Segment
-from milepost.trajectory.summary import enumerate_words, plural
 
 WINDOW_STEPS = 100
 """Steps before each that its level is taken from."""

@@ -22,15 +22,20 @@ Rows = list[tuple[str, str]]
 
 
 def config_sections(config: Config) -> list[tuple[str, Rows]]:
-    """(section, (field, value) rows) of a resolved config, as a recipe writes them."""
+    """(section, (field, value) rows) of a resolved config, as a recipe writes them.
+
+    Sections that are not of this kind of run are left out; nothing reads them.
+    """
+    foreign = ("samples",) if config.is_finetuning else ("lora", "finetune")
     return [
         (section, [(name, _cut(_toml_value(value))) for name, value in fields.items()])
         for section, fields in as_plain(config).items()
+        if section not in foreign
     ]
 
 
 def recipe_toml(config: Config) -> str:
-    """The resolved config as a recipe: `milepost train` takes it as it is."""
+    """The resolved config as a recipe: the run's own verb takes it as it is."""
     sections = []
     for section, fields in as_plain(config).items():
         lines = [f"{name} = {_toml_value(value)}" for name, value in fields.items()]
@@ -49,15 +54,27 @@ def _toml_value(value: Any) -> str:
 
 def identity(manifest: RunManifest) -> Rows:
     """What the run and its data are called."""
+    data, scored = "data", "validation"
+    if manifest.config.is_finetuning:
+        data, scored = "conversations'", "held-out conversations'"
     rows = [
         ("run id", manifest.run_id),
         ("made", manifest.created),
         ("recipe", manifest.recipe),
-        ("data fingerprint", manifest.data_fingerprint),
-        ("validation fingerprint", manifest.validation_fingerprint or "none"),
+        (f"{data} fingerprint", manifest.data_fingerprint),
+        (f"{scored} fingerprint", manifest.validation_fingerprint or "none"),
         ("tokenizer SHA-256", manifest.tokenizer_sha256),
     ]
-    return rows + [(f"lineage: {name}", value) for name, value in _flat(manifest.lineage)]
+    return rows + [(f"lineage: {name}", value) for name, value in _lineage(manifest)]
+
+
+def _lineage(manifest: RunManifest) -> Iterator[tuple[str, str]]:
+    """Without the conversations that were left out one by one, which the manifest has."""
+    lineage = dict(manifest.lineage)
+    account = lineage.get("conversations")
+    if isinstance(account, dict):
+        lineage["conversations"] = {k: v for k, v in account.items() if k != "listed"}
+    yield from _flat(lineage)
 
 
 def environment(manifest: RunManifest) -> Rows:
@@ -72,11 +89,23 @@ def commands(trajectory: Trajectory, *, recipe: str) -> list[str]:
         trajectory: of the run.
         recipe: path of the file that holds `recipe_toml`, as seen from the run folder's parent.
     """
-    manifest, folder = trajectory.manifest, trajectory.layout.name
-    path = manifest.config.data.path
+    config, folder = trajectory.manifest.config, trajectory.layout.name
+    path = config.data.path
     inspect = [f"milepost data inspect {shlex.quote(path)}"] if path else []
     again = shlex.quote(f"{folder}-again")
+    if config.is_finetuning:
+        base, data = shlex.quote(config.finetune.base), shlex.quote(config.finetune.data)
+        return [f"milepost finetune {base} {shlex.quote(recipe)} --data {data} --run {again}"]
     return [*inspect, f"milepost train {shlex.quote(recipe)} --run {again}"]
+
+
+def same_where(config: Config) -> str:
+    """How a reader tells that what those commands read is what this run read."""
+    if config.is_finetuning:
+        return (
+            "Base and conversations are the same where the base's SHA-256 and the fingerprints are."
+        )
+    return "The data are the same where their fingerprint is."
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from milepost.trajectory.figures.marks import (
 )
 from milepost.trajectory.figures.panel_kinds import PANEL_KINDS, PanelKind
 from milepost.trajectory.figures.panels import draw_panels
-from milepost.trajectory.figures.scale import LABELS, MISSING, Scale, scale_of
+from milepost.trajectory.figures.scale import MISSING, Scale, scale_of
 from milepost.trajectory.figures.strokes import LOOKS
 from milepost.trajectory.opening import subject_of_run
 from milepost.trajectory.published import USUAL
@@ -197,7 +197,7 @@ def _figures(subject: Subject) -> dict[str, Any]:
         "baselines": baselines,
         "is_published": all(course.name in USUAL for course in baselines),
         "sources": provenance.sources(subject, baselines=baselines),
-        "axis_words": LABELS[scale.axis],
+        "axis_words": scale.label,
         "looks": list(zip(subject.courses, LOOKS, strict=False)),
         "mark_kinds": {mark.kind for mark in marks},
         "marks_words": marks_in_words(marks),
@@ -230,7 +230,9 @@ def _records(subject: Subject, prefix: str) -> dict[str, Any]:
     return {
         "folder": run.layout.name,
         "benchmarks": rows.benchmark_rows(run.benchmarks),
-        "segments": rows.segment_rows(run.segments),
+        "segments": rows.segment_rows(
+            run.segments, first_weights="the base" if run.is_finetuning else "initial weights"
+        ),
         "num_segments": len(run.segments),
         "checkpoints": rows.checkpoint_rows(run.checkpoints),
         "num_checkpoints": len(run.checkpoints),
@@ -238,6 +240,7 @@ def _records(subject: Subject, prefix: str) -> dict[str, Any]:
         "environment": provenance.environment(manifest),
         "identity": provenance.identity(manifest),
         "commands": provenance.commands(run, recipe=recipe),
+        "same_where": provenance.same_where(manifest.config),
         "bad_lines": run.num_bad_lines,
     }
 

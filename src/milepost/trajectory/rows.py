@@ -10,8 +10,9 @@ from milepost.runs.lineage import restore_words
 from milepost.trajectory.benchmarks import Series
 from milepost.trajectory.collect import Checkpoint
 from milepost.trajectory.fields import text
+from milepost.trajectory.sections.wording import plural
 from milepost.trajectory.segments import Segment
-from milepost.trajectory.summary import ending, plural
+from milepost.trajectory.summary import ending
 
 MAX_SEGMENT_ROWS = 200
 MAX_CHECKPOINT_ROWS = 500
@@ -65,10 +66,18 @@ def benchmark_rows(benchmarks: Sequence[Series]) -> list[BenchmarkRow]:
     return [_benchmark_row(series) for series in benchmarks]
 
 
-def segment_rows(segments: Sequence[Segment]) -> list[SegmentRow]:
-    """Rows of the newest segments, in order."""
+def segment_rows(segments: Sequence[Segment], *, first_weights: str) -> list[SegmentRow]:
+    """Rows of the newest segments, in order.
+
+    Args:
+        segments: of a run.
+        first_weights: what a segment starts from that restored no checkpoint.
+    """
     shown = segments[-MAX_SEGMENT_ROWS:]
-    return [_segment_row(segment, is_last=segment is segments[-1]) for segment in shown]
+    return [
+        _segment_row(segment, first_weights=first_weights, is_last=segment is segments[-1])
+        for segment in shown
+    ]
 
 
 def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[CheckpointRow]:
@@ -108,11 +117,11 @@ def _level(fraction: float | None) -> str:
     return UNKNOWN if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def _segment_row(segment: Segment, *, is_last: bool) -> SegmentRow:
+def _segment_row(segment: Segment, *, first_weights: str, is_last: bool) -> SegmentRow:
     return SegmentRow(
         number=str(segment.number),
         steps=_steps(segment),
-        started_from=_started_from(segment),
+        started_from=_started_from(segment, first_weights=first_weights),
         exactness=_exactness(segment),
         compared=_compared(segment),
         hardware=_hardware(segment),
@@ -131,12 +140,12 @@ def _steps(segment: Segment) -> str:
     return f"{segment.first_step:,} to {segment.last_step:,}"
 
 
-def _started_from(segment: Segment) -> str:
+def _started_from(segment: Segment, *, first_weights: str) -> str:
     if not segment.started:
         return UNKNOWN
     restored = segment.say("restored")
     if segment.restored_step is None:
-        return "initial weights"
+        return first_weights
     what = UNKNOWN if restored is None else restore_words(restored)
     if (parent := segment.say("parent")) is not None:
         return f"{parent}, restored: {what}"

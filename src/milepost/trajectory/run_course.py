@@ -20,6 +20,7 @@ from milepost.trajectory.benchmarks import METRICS, Series, main_series
 from milepost.trajectory.collect import Table, Trajectory
 from milepost.trajectory.course import MAX_TOKENS, Course, Curve
 from milepost.trajectory.fields import finite, text, whole
+from milepost.trajectory.finetuning import other_samples
 from milepost.trajectory.ratings import RatingSummary, RubricScores
 from milepost.trajectory.summary import left_out, skipped_lines
 
@@ -42,24 +43,29 @@ def course_of(trajectory: Trajectory, *, ratings: RatingSummary | None = None) -
     curves |= _event_curves(trajectory.validation, VALIDATION_METRICS, tokens)
     for series in main_series(trajectory.benchmarks):
         curves |= _benchmark_curves(series, tokens)
-    curves |= _quality_curves(trajectory.samples, tokens)
+    curves |= _quality_curves(other_samples(trajectory), tokens)
     for group, label in labelled_groups(ratings.groups if ratings else ()):
         curves |= _rubric_curves(group, label, tokens)
+    per_token = flops_per_token(
+        config.model, sequence_length=config.data.sequence_length, lora=config.lora
+    )
+    per_step = per_token * config.train.global_batch_tokens
     resumes = {s.resumed_at for s in trajectory.segments if s.resumed_at is not None}
     return Course(
         name=trajectory.name,
         source=f"the run folder {trajectory.layout.name}",
         curves={name: curve for name, curve in curves.items() if len(curve)},
-        flops_per_token=flops_per_token(
-            config.model, sequence_length=config.data.sequence_length, lora=config.lora
-        ),
+        flops_per_token=None if config.is_finetuning else per_token,
+        flops_per_step=per_step if config.is_finetuning else None,
         restarts=tuple(sorted(resumes)),
-        notes=tuple(_what_was_left_out(trajectory)),
+        notes=tuple(_notes(trajectory)),
     )
 
 
-def _what_was_left_out(trajectory: Trajectory) -> Iterator[str]:
+def _notes(trajectory: Trajectory) -> Iterator[str]:
     """For a run that is laid over another: of the main one the page's summary says it."""
+    if trajectory.is_finetuning:
+        yield "A fine-tuning: its tokens and losses are of answers alone, its base is not counted."
     for name, count in trajectory.num_bad_lines.items():
         yield f"{skipped_lines(count, name=name)}."
     yield from left_out(trajectory)

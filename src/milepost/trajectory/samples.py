@@ -92,7 +92,7 @@ def sample_groups(
     shown = keys[:MAX_GROUPS_SHOWN]
     spread = {key: evenly_spread(sorted(by_key[key])) for key in shown}
     num_completions = sum(map(len, spread.values()))
-    limit = min(MAX_COMPLETION_CHARACTERS, ALL_CHARACTERS // max(1, num_completions))
+    limit = shown_characters(num_completions)
     groups = [
         SampleGroup(
             prompt=prompt if len(prompt) <= limit else prompt[:limit] + "…",
@@ -105,6 +105,18 @@ def sample_groups(
         for prompt, decoding in shown
     ]
     return groups, len(keys) - len(shown)
+
+
+def shown_characters(num_texts: int) -> int:
+    """How much of each text the page shows, so that all together stay small."""
+    return min(MAX_COMPLETION_CHARACTERS, ALL_CHARACTERS // max(1, num_texts))
+
+
+def calmed(completion: str) -> str:
+    """The text without what joins it to its prompt, and without runs of blank lines."""
+    # The first space or line end joins the completion to its prompt; blank lines tell nothing.
+    calm = re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", completion.replace("\r\n", "\n").removeprefix(" "))
+    return calm.lstrip("\n")
 
 
 def evenly_spread(steps: list[int]) -> list[int]:
@@ -122,10 +134,7 @@ def _completions(
     completions: list[Completion] = []
     for step in steps:
         completion, quality = written[step]
-        # The first space or line end joins the completion to its prompt; runs of blank lines tell
-        # nothing.
-        calm = re.sub(r"\n{3,}", "\n\n", completion.replace("\r\n", "\n").removeprefix(" "))
-        calm = calm.lstrip("\n")
+        calm = calmed(completion)
         shown = calm[:limit]
         pieces, change = marked(shown, before=completions[-1].text if completions else None)
         num_cut, repetition = max(0, len(calm) - limit), _repetition_in_words(quality)
@@ -173,14 +182,18 @@ def _pieces(spaced: list[str], *, shared: Sequence[tuple[int, int]]) -> tuple[Pi
     return tuple(piece for piece in pieces if piece.text)
 
 
+def repeats_in_words(quality: Any) -> str:
+    """How much of a text stood before in it; empty where nobody counted or it is too short."""
+    values = quality if isinstance(quality, dict) else {}
+    repeated = finite(values.get("repeated_4gram_fraction"))
+    return "" if repeated is None else f"repeats {100 * repeated:.0f} %"
+
+
 def _repetition_in_words(quality: Any) -> tuple[str, ...]:
     values = quality if isinstance(quality, dict) else {}
-    lines = []
-    if (repeated := finite(values.get("repeated_4gram_fraction"))) is not None:
-        lines.append(f"repeats {100 * repeated:.0f} %")
-    if (distinct := finite(values.get("distinct_2"))) is not None:
-        lines.append(f"distinct-2 {distinct:.2f}")
-    return tuple(lines)
+    distinct = finite(values.get("distinct_2"))
+    lines = (repeats_in_words(quality), "" if distinct is None else f"distinct-2 {distinct:.2f}")
+    return tuple(line for line in lines if line)
 
 
 def _decoding_in_words(record: dict[str, Any]) -> str:

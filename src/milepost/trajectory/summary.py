@@ -12,7 +12,11 @@ from milepost.core.units import format_count, format_duration
 from milepost.runs.lineage import FULL, lineage_of, restore_text, restore_words
 from milepost.trajectory.benchmarks import Series, main_series
 from milepost.trajectory.collect import Trajectory
+from milepost.trajectory.finetuning import finetuning_of
+from milepost.trajectory.finetuning import numbers as finetuning_numbers
 from milepost.trajectory.refused import refused_sentences
+from milepost.trajectory.sections.tuning import changed_sentences, tuned_sentence
+from milepost.trajectory.sections.wording import enumerate_words, plural
 from milepost.trajectory.segments import Segment
 
 MAX_SEGMENTS_TOLD = 5
@@ -37,14 +41,16 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
     if not trajectory.has_events:
         told = "There are no events yet: nothing of this run has been recorded."
         return [" ".join([told, *left_out(trajectory), *_unreadable(trajectory)])]
+    tuned = finetuning_of(trajectory)
+    progress, outcome = [_progress(trajectory, noun="token")], [_validation(trajectory)]
+    if tuned is not None:
+        progress = [tuned_sentence(tuned), _progress(trajectory, noun="answer token")]
+        outcome = changed_sentences(trajectory, tuned)
     written = (
-        [
-            *(_progress(trajectory), *_origin(trajectory)),
-            *(_segments(trajectory.segments), *_stale(trajectory)),
-        ],
+        [*progress, *_origin(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
         _exactness(trajectory.segments),
         refused_sentences(trajectory.refused),
-        [_validation(trajectory), _speed(trajectory)],
+        [*outcome, _speed(trajectory, noun="token" if tuned is None else "position")],
         [*_benchmarks(trajectory), *left_out(trajectory)],
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
@@ -71,6 +77,7 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
     losses = trajectory.validation.points("loss_nats")
     bits = trajectory.validation.points("bits_per_byte")
     replays = [s.replay for s in trajectory.segments if s.replay is not None]
+    tuned = finetuning_of(trajectory)
     return {
         "name": trajectory.name,
         "run_id": trajectory.manifest.run_id,
@@ -85,6 +92,7 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
         "equal_steps": sum(replay.equal for replay in replays),
         "first_validation": _as_point(losses[:1], bits[:1]),
         "last_validation": _as_point(losses[-1:], bits[-1:]),
+        "finetuning": None if tuned is None else finetuning_numbers(tuned),
         "benchmarks": [_as_score(series) for series in trajectory.benchmarks],
         "left_out_scores": asdict(trajectory.left_out_scores),
         "median_tokens_per_second": median_speed(trajectory),
@@ -130,18 +138,6 @@ def ending(segment: Segment, *, is_last: bool) -> str:
     return KILLED
 
 
-def plural(count: int, noun: str) -> str:
-    """'1 step', '2 steps', '1,000 steps'."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def enumerate_words(words: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} and {words[-1]}"
-
-
 def _as_point(losses: Sequence[Any], bits: Sequence[Any]) -> dict[str, Any] | None:
     if not losses:
         return None
@@ -165,12 +161,12 @@ def _as_score(series: Series) -> dict[str, Any]:
     }
 
 
-def _progress(trajectory: Trajectory) -> str:
+def _progress(trajectory: Trajectory, *, noun: str) -> str:
     train = trajectory.manifest.config.train
     tokens = tokens_seen(trajectory)
     told = f"The run has done {trajectory.last_step:,} of {plural(train.total_steps, 'step')}"
     if tokens is not None:
-        told += f" and seen {plural(tokens, 'token')}"
+        told += f" and seen {plural(tokens, noun)}"
         if tokens >= MIN_WORDS_FOR_COUNT:
             told += f" ({format_count(tokens)})"
     if train.stop_at_step is not None and train.stop_at_step < train.total_steps:
@@ -333,9 +329,9 @@ def _course(series: Series) -> str:
     )
 
 
-def _speed(trajectory: Trajectory) -> str:
+def _speed(trajectory: Trajectory, *, noun: str) -> str:
     segments, speed = trajectory.segments, median_speed(trajectory)
-    at = f" at a median of {speed:,.0f} tokens per second" if speed is not None else ""
+    at = f" at a median of {speed:,.0f} {noun}s per second" if speed is not None else ""
     training = format_duration(sum(segment.training_seconds for segment in segments))
     return (
         f"Training took {training}{at}, counting steps only; with everything around them"

@@ -97,12 +97,11 @@ def _part(course: Course, metrics: dict[str, bool], *, run: Trajectory | None) -
     import pyarrow
 
     rows = _Rows(list(course.curves.values()))
-    per_token = np.nan if course.flops_per_token is None else course.flops_per_token
     columns: dict[str, Any] = {
         "run": _texts([course.name] * len(rows.steps)),
         "step": _whole_numbers(rows.steps),
         "tokens_seen": _whole_numbers(rows.tokens),
-        "flops": _numbers(rows.tokens * per_token),
+        "flops": _numbers(course.flops(steps=rows.steps, tokens=rows.tokens)),
     }
     columns |= _of_run(run, rows.steps)
     for name, has_error in metrics.items():

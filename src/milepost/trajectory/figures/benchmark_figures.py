@@ -160,7 +160,7 @@ def _series_plot(subject: Subject, series: Series, *, tokens: TokenCount, is_mai
         metric = benchmark_metric(setting.benchmark, latest.main_metric)
         levels += _baselines(subject.baselines, metric)
     course = subject.course
-    own = Course(course.name, course.source, curves, course.flops_per_token)
+    own = Course(course.name, course.source, curves, course.flops_per_token, course.flops_per_step)
     others = subject.others if is_main else ()
     return Plot(setting.benchmark, series.words, own, others, levels)
 

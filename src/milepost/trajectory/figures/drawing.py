@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from milepost.core.units import format_count
-from milepost.trajectory.figures.scale import LABELS, Scale
+from milepost.trajectory.figures.scale import Scale
 
 # Colors that stand for the page's; replaced by its variables, so that one SVG serves light,
 # dark and paper.
@@ -160,7 +160,7 @@ def set_scale(axes: Any, scale: Scale) -> None:
         axes.set_xlim(scale.first - margin, scale.last + margin)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=scale.axis == "steps"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.tick(value)))
-    axes.set_xlabel(LABELS[scale.axis] + (", logarithmic" if scale.is_log else ""))
+    axes.set_xlabel(scale.label + (", logarithmic" if scale.is_log else ""))
 
 
 def tick_text(value: float) -> str:

@@ -12,9 +12,9 @@ from typing import Literal
 from milepost.runs.lineage import FULL, restore_words
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.fields import text
+from milepost.trajectory.sections.wording import enumerate_words, plural
 from milepost.trajectory.segments import Segment
 from milepost.trajectory.subject import Subject
-from milepost.trajectory.summary import enumerate_words, plural
 
 MAX_DEVICE_CHARACTERS = 16
 MAX_NAMED = 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milepost.runs.metric_names import (
     GRAD_NORM,
@@ -142,3 +142,15 @@ PANEL_KINDS = (
         _rate,
     ),
 )
+
+_UNITS_OF_FINETUNING = {
+    VAL_LOSS: "nats per answer token, held-out conversations",
+    TRAIN_LOSS: "nats per answer token",
+    TOKENS_PER_SECOND: "all positions of the rows, questions and filling too",
+}
+
+
+def panel_kinds_of(run: Trajectory | None) -> list[PanelKind]:
+    """The panels with the units that the values of a run have; None for what is no run."""
+    units = _UNITS_OF_FINETUNING if run is not None and run.is_finetuning else {}
+    return [replace(kind, unit=units.get(kind.metric, kind.unit)) for kind in PANEL_KINDS]

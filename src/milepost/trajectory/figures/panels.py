@@ -14,7 +14,7 @@ from milepost.trajectory.figures.drawing import Frame, draw_svg, set_scale, tick
 from milepost.trajectory.figures.hover import Hover, hover_of
 from milepost.trajectory.figures.mark_drawing import AxisMarks, axis_marks_of, draw_marks
 from milepost.trajectory.figures.marks import marks_in_words
-from milepost.trajectory.figures.panel_kinds import PANEL_KINDS, PanelKind
+from milepost.trajectory.figures.panel_kinds import PanelKind, panel_kinds_of
 from milepost.trajectory.figures.scale import Scale
 from milepost.trajectory.figures.strokes import (
     LOOKS,
@@ -58,7 +58,8 @@ class Panel:
 def draw_panels(subject: Subject, *, scale: Scale) -> list[Panel]:
     """All panels of a page, in the paper's order."""
     marks = axis_marks_of(subject, scale=scale)
-    return [_panel(kind, subject, scale=scale, marks=marks) for kind in PANEL_KINDS]
+    kinds = panel_kinds_of(subject.run)
+    return [_panel(kind, subject, scale=scale, marks=marks) for kind in kinds]
 
 
 def _panel(kind: PanelKind, subject: Subject, *, scale: Scale, marks: AxisMarks) -> Panel:

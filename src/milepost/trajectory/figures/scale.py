@@ -37,6 +37,7 @@ class Scale:
         first, last: the range of all courses together, in units of the axis.
         is_log: whether the axis is logarithmic; what lies at 0 is then not drawn.
         left_out: courses without a place on it.
+        counts_answers: whether the tokens of all courses are those of answers alone.
     """
 
     axis: Axis
@@ -44,6 +45,13 @@ class Scale:
     last: float
     is_log: bool
     left_out: tuple[Course, ...]
+    counts_answers: bool
+
+    @property
+    def label(self) -> str:
+        """What the numbers under the axis are."""
+        is_of_answers = self.axis == "tokens" and self.counts_answers
+        return "answer tokens seen" if is_of_answers else LABELS[self.axis]
 
     def tick(self, value: float) -> str:
         """A number under the axis."""
@@ -58,16 +66,17 @@ def scale_of(subject: Subject, *, metrics: Iterable[str]) -> Scale:
     """The axis on which all curves of the given metrics have a place."""
     names = list(metrics)
     ranges = {id(course): _range(course, names, axis=subject.axis) for course in subject.courses}
+    of_answers = all(course.counts_answers for course in subject.courses)
     known = [found for found in ranges.values() if found is not None]
     if not known:
-        return Scale(subject.axis, 0.0, 0.0, is_log=False, left_out=subject.courses)
+        return Scale(subject.axis, 0.0, 0.0, False, subject.courses, of_answers)
     lasts = [last for _, last in known]
     is_log = min(lasts) > 0 and max(lasts) > LOG_SCALE_FROM_RATIO * min(lasts)
     firsts = [first for first, _ in known]
     if is_log:
         firsts = [_first_above_zero(c, names, axis=subject.axis) for c in subject.courses]
     left_out = tuple(c for c in subject.courses if ranges[id(c)] is None)
-    return Scale(subject.axis, min(firsts), max(lasts), is_log, left_out)
+    return Scale(subject.axis, min(firsts), max(lasts), is_log, left_out, of_answers)
 
 
 def _positions(course: Course, metrics: list[str], *, axis: Axis) -> np.ndarray:

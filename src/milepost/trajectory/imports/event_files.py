@@ -18,7 +18,7 @@ from milepost.core.files import storage_errors
 from milepost.trajectory.course import Course
 from milepost.trajectory.imports.points import Points
 from milepost.trajectory.imports.sniff import files_in, limit_size, refuse
-from milepost.trajectory.summary import plural
+from milepost.trajectory.sections.wording import plural
 
 EXPECTED = "event files of TensorBoard (events.out.tfevents.*), or the one folder they lie in"
 

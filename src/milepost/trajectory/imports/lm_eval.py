@@ -22,7 +22,7 @@ from milepost.trajectory.course import Course
 from milepost.trajectory.fields import finite, text, whole
 from milepost.trajectory.imports.points import Points, enumerate_some, left_out
 from milepost.trajectory.imports.sniff import files_in, refuse
-from milepost.trajectory.summary import enumerate_words, plural
+from milepost.trajectory.sections.wording import enumerate_words, plural
 
 EXPECTED = (
     "results files of lm-evaluation-harness with the step in the name of the file or of a folder"

@@ -19,7 +19,7 @@ from milepost.trajectory.imports.names import (
     is_token_count,
     metric_names,
 )
-from milepost.trajectory.summary import enumerate_words, plural
+from milepost.trajectory.sections.wording import enumerate_words, plural
 
 ERROR_SUFFIX = "_stderr"
 

@@ -11,7 +11,7 @@ from milepost.core.errors import UsageError
 from milepost.core.files import storage_errors
 from milepost.core.units import format_bytes
 from milepost.trajectory.imports.wandb_log import MAGIC
-from milepost.trajectory.summary import enumerate_words, plural
+from milepost.trajectory.sections.wording import enumerate_words, plural
 
 HEAD_BYTES = 512
 MAX_ENTRIES = 100_000

@@ -22,7 +22,7 @@ from milepost.trajectory.imports.points import (
 )
 from milepost.trajectory.imports.sniff import files_in, limit_size, refuse
 from milepost.trajectory.imports.wandb_log import MAGIC, WandbLog
-from milepost.trajectory.summary import plural
+from milepost.trajectory.sections.wording import plural
 
 EXPECTED = (
     "an offline run's folder (offline-run-*) or its run-*.wandb file, or a history exported as"

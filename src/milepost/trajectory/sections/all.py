@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milepost.trajectory import summary
+from milepost.trajectory.finetuning import finetuning_of
+from milepost.trajectory.sections.before_after import before_after_section
 from milepost.trajectory.sections.comparison import comparison_section
 from milepost.trajectory.sections.completions import completions_section
 from milepost.trajectory.sections.differences import differences_section
@@ -17,6 +19,7 @@ from milepost.trajectory.sections.findings import (
 )
 from milepost.trajectory.sections.loss_law import loss_law_section
 from milepost.trajectory.sections.rubric import rubric_section
+from milepost.trajectory.sections.sensitivity import sensitivity_section
 from milepost.trajectory.sections.spikes import spikes_section
 from milepost.trajectory.sections.together import together_section
 from milepost.trajectory.sections.work import Work
@@ -39,6 +42,7 @@ class Told:
 def tell(subject: Subject, found: Work) -> Told:
     """The summary and the sections of one page, in which `work_out` found this."""
     run = subject.run
+    tuned = None if run is None else finetuning_of(run)
     opening = [
         [] if run is None else jump_sentences(run, jumps=found.jumps, odd=found.odd),
         [*rubric_sentences(subject), *together_sentences(subject, pairs=found.pairs)],
@@ -47,9 +51,11 @@ def tell(subject: Subject, found: Work) -> Told:
     paragraphs = course_paragraphs(subject.course) if run is None else summary.paragraphs(run)
     paragraphs += [" ".join(sentences) for sentences in opening if sentences]
     sections = [
+        None if run is None or tuned is None else before_after_section(run, tuned),
         comparison_section(subject, compared=found.compared),
         rubric_section(subject),
         None if run is None else completions_section(run),
+        None if run is None else sensitivity_section(run),
         together_section(subject, pairs=found.pairs),
         loss_law_section(found.law),
         differences_section(found.differences),

@@ -15,12 +15,12 @@ from milepost.trajectory.sections.text_table import Column, TextTable, numbers
 from milepost.trajectory.sections.wording import (
     NONE,
     decimals_of,
+    enumerate_words,
     metric_words,
     value_words,
     with_unit,
 )
 from milepost.trajectory.subject import Section, Subject
-from milepost.trajectory.summary import enumerate_words
 
 MAX_METRICS = 20
 

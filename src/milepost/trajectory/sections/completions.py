@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milepost.trajectory.collect import Trajectory
+from milepost.trajectory.finetuning import other_samples
 from milepost.trajectory.samples import SampleGroup, sample_groups
 from milepost.trajectory.subject import Section
 
@@ -34,9 +35,15 @@ class Completions:
         return any(piece.is_new for piece in pieces)
 
 
-def completions_section(run: Trajectory) -> Section:
-    """The section, which says so where there are no samples."""
-    groups, num_more = sample_groups(run.samples, prompts=run.manifest.config.samples.prompts)
+def completions_section(run: Trajectory) -> Section | None:
+    """The section, which says so where there are no samples.
+
+    A fine-tuning takes none by itself; without any it has no such section.
+    """
+    samples, prompts = other_samples(run), run.manifest.config.samples.prompts
+    groups, num_more = sample_groups(samples, prompts=prompts)
+    if run.is_finetuning and not groups:
+        return None
     losses = dict(run.validation.points("loss_nats"))
     return Section(
         key="samples",

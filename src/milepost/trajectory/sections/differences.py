@@ -12,10 +12,9 @@ from milepost.runs.evaluations import EvaluationStore
 from milepost.trajectory.benchmarks import Evaluation, Series, main_series
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
-from milepost.trajectory.sections.wording import interval_words, p_words, signed
+from milepost.trajectory.sections.wording import enumerate_words, interval_words, p_words, signed
 from milepost.trajectory.statistics.paired import PairedTest, paired_test
 from milepost.trajectory.subject import Section
-from milepost.trajectory.summary import enumerate_words
 
 MAX_CHECKPOINTS = 8
 """Of a benchmark, evenly spread; the first and the last are always among them."""

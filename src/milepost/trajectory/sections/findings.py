@@ -27,15 +27,17 @@ from milepost.trajectory.sections.together import STEPS, Pair
 from milepost.trajectory.sections.wording import (
     capitalized,
     decimals_of,
+    enumerate_words,
     interval_words,
     is_fraction,
     metric_words,
     plain,
+    plural,
+    times,
     value_words,
 )
 from milepost.trajectory.statistics.correlation import Coefficient
 from milepost.trajectory.subject import Subject
-from milepost.trajectory.summary import enumerate_words, plural
 
 MAX_NAMED = 8
 
@@ -57,7 +59,7 @@ def jump_sentences(
     told = []
     if jumps:
         counts = Counter(metric_words(jump.metric) for jump in jumps)
-        jumped = [f"{words} jumped {_times(count)}" for words, count in counts.items()]
+        jumped = [f"{words} jumped {times(count)}" for words, count in counts.items()]
         # A norm jumps more often and higher than a loss, and matters less.
         largest = next((jump for jump in jumps if jump.metric in (TRAIN_LOSS, VAL_LOSS)), jumps[0])
         steps = largest.steps_to_recovery
@@ -176,7 +178,3 @@ def _r(one: Coefficient) -> str:
     if one.interval is None:
         return told
     return f"{told}, 95 % {interval_words(one.interval, decimals=2)}"
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")

@@ -10,10 +10,16 @@ from milepost.trajectory.ratings import RatingSummary, RubricScores
 from milepost.trajectory.samples import evenly_spread
 from milepost.trajectory.sections.measures import rubric_groups
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
-from milepost.trajectory.sections.wording import NONE, interval_words, plain, signed
+from milepost.trajectory.sections.wording import (
+    NONE,
+    enumerate_words,
+    interval_words,
+    plain,
+    plural,
+    signed,
+)
 from milepost.trajectory.statistics.agreement import AVERAGE, COLUMNS, AgreementRow, BiasRow
 from milepost.trajectory.subject import Section, Subject
-from milepost.trajectory.summary import enumerate_words, plural
 
 _NAMES = (*(criterion.name for criterion in RUBRIC), "Average")
 

@@ -12,9 +12,16 @@ from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.jumps import Jump, has_enough_steps
 from milepost.trajectory.outliers import MIN_CHECKPOINTS, OddCheckpoint
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
-from milepost.trajectory.sections.wording import NONE, capitalized, metric_words, plain, signed
+from milepost.trajectory.sections.wording import (
+    NONE,
+    capitalized,
+    enumerate_words,
+    metric_words,
+    plain,
+    plural,
+    signed,
+)
 from milepost.trajectory.subject import Section
-from milepost.trajectory.summary import enumerate_words, plural
 
 MAX_JUMPS_SHOWN = 20
 MAX_CHECKPOINTS_SHOWN = 20

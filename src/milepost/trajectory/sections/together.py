@@ -19,10 +19,15 @@ from milepost.trajectory.sections.measures import (
     standard_measure,
 )
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
-from milepost.trajectory.sections.wording import NONE, capitalized, coefficient_words, plain
+from milepost.trajectory.sections.wording import (
+    NONE,
+    capitalized,
+    coefficient_words,
+    enumerate_words,
+    plain,
+)
 from milepost.trajectory.statistics.correlation import Correlation, conclusion, correlate
 from milepost.trajectory.subject import Section, Subject
-from milepost.trajectory.summary import enumerate_words
 
 MAX_CONCLUSIONS = 6
 """Shown at once; the reader opens the others."""

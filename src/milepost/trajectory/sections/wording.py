@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from milepost.runs.metric_names import (
     BITS_PER_BYTE,
@@ -114,3 +114,20 @@ def p_words(p: float) -> str:
 def capitalized(words: str) -> str:
     """The first letter large, the others as they are."""
     return words[:1].upper() + words[1:]
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 step', '2 steps', '1,000 steps'."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def times(count: int) -> str:
+    """'0 times', 'once', 'twice', '3 times'."""
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")

@@ -103,6 +103,14 @@ def _test(*, n: int, num_right: int, num_gained: int, num_lost: int) -> PairedTe
     )
 
 
+def score_interval(num: int, *, n: int) -> Interval:
+    """The 95 % score interval of a proportion (Wilson 1927): of `num` in `n`, which is above 0."""
+    z = _NORMAL_97_5
+    middle = num + z * z / 2
+    half = z * math.sqrt(num * (n - num) / n + z * z / 4)
+    return Interval((middle - half) / (n + z * z), (middle + half) / (n + z * z))
+
+
 def mcnemar(num_gained: int, num_lost: int) -> float:
     """The exact two-sided p-value of as many gains as losses: a binomial test at one half.
 
@@ -132,8 +140,9 @@ def _newcombe(*, n: int, num_right: int, num_gained: int, num_lost: int) -> Inte
     """
     num_after = num_right + num_gained - num_lost
     before, after = num_right / n, num_after / n
-    low_before, high_before = _wilson(num_right, n)
-    low_after, high_after = _wilson(num_after, n)
+    of_before, of_after = score_interval(num_right, n=n), score_interval(num_after, n=n)
+    low_before, high_before = of_before.low, of_before.high
+    low_after, high_after = of_after.low, of_after.high
     phi = _phi(n=n, num_right=num_right, num_gained=num_gained, num_lost=num_lost)
     below, above = after - low_after, high_before - before
     beyond, beneath = high_after - after, before - low_before
@@ -154,11 +163,3 @@ def _phi(*, n: int, num_right: int, num_gained: int, num_lost: int) -> float:
     if shared > 0:
         return max(shared - n / 2, 0.0) / math.sqrt(margins)
     return shared / math.sqrt(margins)
-
-
-def _wilson(num: int, n: int) -> tuple[float, float]:
-    """The score interval of a proportion (Wilson 1927)."""
-    z = _NORMAL_97_5
-    middle = num + z * z / 2
-    half = z * math.sqrt(num * (n - num) / n + z * z / 4)
-    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
