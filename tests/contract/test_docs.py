@@ -51,7 +51,7 @@ def documented_recipe(name: str) -> str | None:
 def milepost_words(line: str) -> list[str] | None:
     """The words after `./run` or `milepost`; None for another program."""
     words = shlex.split(line, comments=True)
-    while words and re.match(r"^[A-Z_]+=", words[0]):
+    while words[0] == "srun" or re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
     if words[0] == "torchrun":
         words = words[words.index("--") + 1 :]

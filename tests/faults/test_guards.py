@@ -266,6 +266,22 @@ def test_a_rollback_whose_train_state_is_gone_stops_the_run_and_says_so(
     assert events(run, "guard_stopped")[-1]["step"] == 52
 
 
+@pytest.mark.long
+def test_where_a_rollback_cannot_be_made_two_ranks_end_together_and_say_it_once(
+    course_rollback: Course, tmp_path: Path, sabotage: Sabotage
+) -> None:
+    run = tmp_path / "run"
+    with burst_here(*BURST):
+        course_rollback.train_here(run, "--train.stop_at_step", "45")
+    shutil.rmtree(run / "checkpoints" / "step-00000040" / "train_state")
+    sabotage.patch("milepost.data.loader", burst(*BURST))
+    done = course_rollback.train(run, "--ranks", "2")
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "step 40 has no train state to roll back to" in done.stderr
+    assert len(events(run, "guard_stopped")) == 1
+
+
 @pytest.mark.parametrize("spike", ["skip", "rollback"])
 def test_a_replay_over_what_was_left_out_gives_the_same_bits(
     spike: str, short: Course, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""Rows 4 and 41: a read of data that hangs, and the warning that Slurm sends."""
+"""Rows 4 and 42: a read of data that hangs, and the warning that Slurm sends."""
 
 from __future__ import annotations
 

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from milepost.cli.main import run as main
 from milepost.core.errors import CheckpointError, DataError, UsageError
 from milepost.runs.layout import RunLayout
 from milepost.runs.lineage import lineage_of, parse_parent
 from milepost.runs.manifest import read_run_manifest, write_run_manifest
+from milepost.trajectory.collect import collect
+from milepost.trajectory.provenance import commands
 from tests.conftest import made_up_text
 from tests.training import events, logged_steps, train, train_here, validations, weights_sha256
 
@@ -253,22 +256,84 @@ def test_nothing_left_to_do_is_said(
         branch(recipe, tmp_path / "child", tiny_data, str(trained))
 
 
-@pytest.mark.parametrize(
-    ("text", "restore", "message"),
-    [
-        ("nowhere:3", "full", "there is no folder nowhere"),
-        ("{run}", "everything", "--restore 'everything' cannot be read"),
-        ("{run}", "optimizer,data", "--restore 'optimizer,data' cannot be read"),
-        ("{run}", "full,data", "--restore 'full,data' cannot be read"),
-        ("{folder}", "full", "is not a run folder"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(
-    trained: Path, tmp_path: Path, text: str, restore: str, message: str
+@pytest.mark.parametrize("restore", ["everything", "optimizer,data", "full,data"])
+def test_what_cannot_be_restored_is_refused(trained: Path, restore: str) -> None:
+    with pytest.raises(UsageError, match=f"--restore '{restore}' cannot be read"):
+        parse_parent(str(trained), restore=restore)
+
+
+def test_a_parent_that_is_not_there_or_no_run_is_refused_before_a_rank_is_started(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        parse_parent(text.format(run=trained, folder=tmp_path), restore=restore)
-    assert message in refused.value.message
+    words = ["train", str(recipe), "--run", str(tmp_path / "child"), "--from"]
+    assert main([*words, f"{tmp_path}/nowhere:3"]) == 2
+    assert f"there is no folder {tmp_path}/nowhere" in capsys.readouterr().err
+    assert main([*words, str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    assert not (tmp_path / "child").exists()
+
+
+def test_the_same_command_goes_on_when_the_parent_is_gone_and_no_longer_needed(
+    recipe: Path, tiny_data: Path, run: Path, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    branch(recipe, child, tiny_data, f"{run}:{AT}", "--train.stop_at_step", "11")
+    shutil.rmtree(run)
+    assert branch(recipe, child, tiny_data, f"{run}:{AT}")["step"] == 12
+    with pytest.raises(UsageError, match=r"restored: full; asked for .*, weights$"):
+        branch(recipe, child, tiny_data, f"{run}:{AT}", restore="weights")
+    with pytest.raises(UsageError, match="there is no folder"):
+        branch(recipe, child, tiny_data, f"{tmp_path}/elsewhere:{AT}")
+
+
+def test_a_damaged_parent_is_refused_with_the_steps_that_may_be_taken(
+    recipe: Path, tiny_data: Path, run: Path, tmp_path: Path
+) -> None:
+    weights = run / "checkpoints" / "step-00000009" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its SHA-256 is not the manifest's") as refused:
+        branch(recipe, tmp_path / "child", tiny_data, f"{run}:{AT}")
+    assert "there are train states of steps 12; milepost verify" in str(refused.value.hint)
+    assert weights.exists(), "a parent is only read"
+
+
+def test_a_parent_without_any_train_state_is_said_where_no_step_was_named(
+    recipe: Path, tiny_data: Path, run: Path, tmp_path: Path
+) -> None:
+    for state in run.glob("checkpoints/*/train_state"):
+        shutil.rmtree(state)
+    with pytest.raises(CheckpointError, match="no train state in any checkpoint, only weights"):
+        branch(recipe, tmp_path / "child", tiny_data, str(run))
+
+
+def test_another_batch_at_the_parents_place_in_the_data_is_said(
+    recipe: Path,
+    tiny_data: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--train.global_batch_tokens", "512", "--train.stop_at_step", "10")
+    for restore, is_said in (("full", True), ("weights,schedule", False)):
+        capsys.readouterr()
+        child = tmp_path / restore
+        branch(recipe, child, tiny_data, f"{trained}:{AT}", *words, restore=restore)
+        told = "train.global_batch_tokens differs from the parent's: the number of batches goes on"
+        assert (told in capsys.readouterr().err) == is_said
+
+
+def test_the_report_says_how_the_branch_is_made_again(
+    recipe: Path, tiny_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    branch(recipe, child, tiny_data, f"{trained}:{AT}", restore="weights,schedule")
+    told = commands(collect(child), recipe="recipe.toml")[-1]
+    assert told == (
+        f"milepost train recipe.toml --run child-again --from {trained}:{AT} "
+        "--restore weights,schedule"
+    )
 
 
 def test_moments_are_coded_where_a_branch_takes_the_optimizer_of_8_bits(

@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from milepost.cli.main import run
 from milepost.core.errors import CheckpointError, UsageError
+from milepost.core.files import exclusive_lock
 from milepost.experiments.lab.arms import all_arms, choose_arms
-from milepost.experiments.lab.laboratory import NotExact, run_laboratory
+from milepost.experiments.lab.laboratory import NotExact, report_laboratory, run_laboratory
 from milepost.experiments.lab.page import as_plain, write_page
 from milepost.experiments.lab.results import collect_results
 from milepost.experiments.lab.running import Job, jobs_of, status_of, words_of
@@ -166,6 +169,32 @@ def test_an_arm_that_diverges_is_a_result(laboratory: Setting, tmp_path: Path) -
     assert "1 of 1 seed diverged" in copy.report.read_text()
 
 
+def test_a_full_restore_that_diverges_where_its_parent_did_not_is_not_exact(
+    laboratory: Setting, tmp_path: Path
+) -> None:
+    shutil.copytree(laboratory.out, tmp_path / "lab")
+    log = tmp_path / "lab" / "seed-1337" / "full" / "events.jsonl"
+    log.write_text(log.read_text().replace('"reason":"done"', '"reason":"diverged"'))
+    with pytest.raises(NotExact, match="full of seed 1337"):
+        run_laboratory(replace(laboratory, out=tmp_path / "lab"), only="full")
+
+
+def test_the_report_of_a_laboratory_is_written_while_another_process_is_at_work(
+    laboratory: Setting, tmp_path: Path
+) -> None:
+    out = tmp_path / "lab"
+    shutil.copytree(laboratory.out, out)
+    shutil.rmtree(out / "report")
+    log = out / "seed-1337" / "moments" / "events.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:12]))
+    with exclusive_lock(out / ".lock", what="the laboratory"):
+        results = report_laboratory(out)
+    assert (results.num_done, results.num_runs) == (2, 3)
+    assert results.setting == replace(laboratory, out=out)
+    assert "2 of 3 runs are done" in results.setting.report.read_text()
+    assert run(["lab", "report", str(tmp_path)]) == 2
+
+
 @pytest.mark.long
 def test_killed_in_the_middle_of_an_arm_it_goes_on_with_that_arm(
     recipe: Path, tiny_data: Path, laboratory: Setting, tmp_path: Path
@@ -277,7 +306,5 @@ def test_arms_that_cannot_be_are_left_out_or_refused_where_they_are_asked_for(
 
 
 def test_a_fine_tuning_recipe_is_refused_at_the_command_line(tmp_path: Path) -> None:
-    from milepost.cli.main import run
-
     words = ["lab", "resume", "sft-alpaca", "--at", "10", "--out", str(tmp_path / "lab")]
     assert run(words) == 2

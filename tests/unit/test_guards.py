@@ -148,7 +148,15 @@ def test_a_rollback_goes_to_the_last_scheduled_checkpoint_before_the_trouble(
     step: int, spikes: int, why: str, expected: int
 ) -> None:
     progress = Progress(step=step, guards=GuardNumbers(spikes_in_a_row=spikes))
-    assert rollback_step(progress, why=why, every_steps=10) == expected
+    assert rollback_step(progress, why=why, every_steps=10, first_step=0) == expected
+
+
+@pytest.mark.parametrize(("step", "expected"), [(47, 45), (52, 50), (51, 45)])
+def test_a_rollback_never_goes_back_to_before_the_first_step_of_the_run(
+    step: int, expected: int
+) -> None:
+    progress = Progress(step=step, guards=GuardNumbers(spikes_in_a_row=2))
+    assert rollback_step(progress, why="spike", every_steps=10, first_step=45) == expected
 
 
 def test_what_was_skipped_before_is_skipped_again_and_counted_the_same() -> None:

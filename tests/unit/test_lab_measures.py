@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 
 from milepost.experiments.lab.measures import (
+    HELD_VALUES,
     Curve,
+    Measure,
     difference,
     mean_of,
-    measure,
+    noise_between,
     noise_of,
     smoothed,
 )
+from milepost.experiments.lab.measures import measure as measure_with
+
+
+def measure(arm: Curve, parent: Curve, *, width: int) -> Measure | None:
+    """Against a parent that sees the same batches."""
+    noise = noise_between(parent, width=width, are_apart=False)
+    return measure_with(arm, parent, width=width, noise=noise)
 
 
 def curve(values: list[float] | np.ndarray, *, every: int = 1, first: int = 0) -> Curve:
@@ -53,17 +62,18 @@ def test_the_same_curve_has_no_spike_is_recovered_at_once_and_is_equal() -> None
     assert found.is_equal
 
 
-def test_a_spike_is_the_highest_difference_and_recovery_the_step_it_is_gone_for_good() -> None:
+def test_a_spike_is_the_highest_difference_and_recovery_the_step_it_is_gone() -> None:
     values = noisy(100, sigma=0.01)
     arm = values.copy()
     arm[10:30] += 1.0
     arm[20] += 0.5
-    arm[50] += 0.3  # back for one step: not yet over before it
+    arm[35] += 0.3  # back for five values only: not yet over before it
+    arm[80] += 0.3  # long after it, one value that noise may give
     found = measure(curve(arm, every=5), curve(values, every=5), width=1)
     assert found is not None
     assert found.spike == pytest.approx(1.5)
     assert found.spike_step == 100
-    assert found.recovered_after == 255
+    assert found.recovered_after == 180
     assert found.spike_z == pytest.approx(1.5 / noise_of(values))
     assert not found.is_equal
 
@@ -75,6 +85,34 @@ def test_what_lies_in_two_deviations_is_noise(height: float, expected: int) -> N
     arm[10] += height * noise_of(values)
     found = measure(curve(arm), curve(values), width=1)
     assert found is not None and found.recovered_after == expected
+
+
+@pytest.mark.parametrize(("held", "expected"), [(HELD_VALUES - 1, 31), (HELD_VALUES, 20)])
+def test_recovered_is_what_is_back_for_so_many_values(held: int, expected: int) -> None:
+    values = noisy(100, sigma=0.01)
+    arm = values.copy()
+    arm[10:20] += 1.0
+    arm[20 + held : 31] += 0.5
+    found = measure(curve(arm), curve(values), width=1)
+    assert found is not None and found.recovered_after == expected
+
+
+def test_two_runs_on_other_batches_are_soon_back_in_the_noise_of_both() -> None:
+    late = []
+    for seed in range(20):
+        parent = curve(noisy(300, sigma=0.1, seed=seed))
+        arm = curve(noisy(300, sigma=0.1, seed=1000 + seed))
+        noise = noise_between(parent, width=1, are_apart=True)
+        # sigma * sqrt(2); the median deviation of 299 differences has a standard error of 7 %.
+        assert noise == pytest.approx(0.1 * math.sqrt(2), rel=0.25)
+        found = measure_with(arm, parent, width=1, noise=noise)
+        assert found is not None
+        if found.recovered_after is None:
+            assert found.spike_step > 300 - HELD_VALUES, "too near the end to see"
+        else:
+            late.append(found.recovered_after - found.spike_step)
+    # After the peak, which is anywhere, a run of ten comes after one value or a few.
+    assert len(late) >= 17 and np.median(late) <= 2 and max(late) < 60
 
 
 def test_a_curve_that_stays_above_never_recovers_and_one_below_needs_not_to() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from milepost.config.recipe import load_recipe
 from milepost.experiments.lab.arms import Arm, all_arms
-from milepost.experiments.lab.measures import Curve, measure
+from milepost.experiments.lab.measures import Curve, measure, noise_of
 from milepost.experiments.lab.page import render
 from milepost.experiments.lab.results import ArmResult, Results, RunResult
 from milepost.experiments.lab.setting import Setting
@@ -29,7 +30,7 @@ def setting_of(folder: Path) -> Setting:
 def result(arm: Arm | None, seed: int, above: np.ndarray, *, equal: bool | None) -> RunResult:
     base = 4.0 - 0.001 * STEPS + NOISE + 0.1 * seed
     curve = Curve(STEPS, base + above)
-    found = measure(curve, Curve(STEPS, base), width=1)
+    found = measure(curve, Curve(STEPS, base), width=1, noise=noise_of(base))
     assert found is not None
     measures = {} if arm is None else {VAL_LOSS: found}
     return RunResult(seed, arm, "done", 100, {VAL_LOSS: curve}, measures, equal)
@@ -78,7 +79,11 @@ def test_recovery_is_told_seed_by_seed_and_not_for_other_text(results: Results) 
     assert rows["Other validation set"][3] == "–"
     apart = separated(results)
     assert apart is not None
-    assert [row[0].splitlines()[0] for row in apart.rows] == ["Optimizer state", "Validation set"]
+    assert [row[0].splitlines()[0] for row in apart.rows] == [
+        "Optimizer state",
+        "Validation set",
+        "State, schedule and set together",
+    ]
     assert apart.rows[1][1] == "−0.300"
 
 
@@ -96,3 +101,47 @@ def test_a_laboratory_of_which_nothing_is_done_has_a_page(tmp_path: Path) -> Non
     assert "There is no arm to compare yet." in page
     assert "0 of 33 runs are done" in page
     assert "The arm lowbit was left out: torchao is not installed." in page
+
+
+def test_an_interval_that_holds_zero_is_no_effect(results: Results) -> None:
+    moments = next(found for found in results.arms if found.arm.name == "moments")
+    moments.runs[:] = [
+        result(moments.arm, seed, np.where(STEPS > 80, shift, 0.0), equal=None)
+        for seed, shift in enumerate((-0.02, 0.005, 0.01))
+    ]
+    told = answer(results)[1]
+    assert told.startswith("Losing the optimizer's moments alone does not show")
+    assert "which is within the noise" in told
+    assert "at the end it stands −0.002 (95 %: −0.042 to 0.038, not told apart from zero)" in told
+
+
+def test_an_arm_that_diverged_is_in_no_mean_and_is_said(results: Results) -> None:
+    moments = next(found for found in results.arms if found.arm.name == "moments")
+    moments.runs[2] = replace(moments.runs[2], status="diverged", measures={})
+    told = answer(results)
+    assert "+0.550" in told[1], "the mean of 0.5 and 0.6"
+    assert told[-1] == (
+        "Restarts that diverged: moments lost: 1 of 3 seeds. Means are of the others."
+    )
+    row = next(r for r in table_of(results, VAL_LOSS).rows if r[0].startswith("Moments"))
+    assert row[0] == "Moments lost\n1 of 3 seeds diverged"
+    assert row[3] == "45, 45, diverged"
+    moments.runs[:] = [replace(run, status="diverged", measures={}) for run in moments.runs]
+    render(results, left_out={})
+
+
+def test_a_parent_that_diverged_is_said(results: Results) -> None:
+    results.parents[1] = replace(results.parents[1], status="diverged")
+    assert answer(results)[-1].startswith("The parent of seed 1 diverged itself")
+
+
+def test_what_a_person_named_is_text_on_the_page(results: Results) -> None:
+    named = replace(results, setting=replace(results.setting, name="<b>x</b>"))
+    page = render(named, left_out={"ranks": "<i>y</i>"})
+    assert "<b>x" not in page and "<i>y" not in page
+
+
+def test_arms_whose_data_begin_anew_see_other_batches(tmp_path: Path) -> None:
+    arms = all_arms(setting_of(tmp_path))
+    assert {arm.name for arm in arms if arm.has_other_batches} == {"data", "restart"}
+    assert {arm.name for arm in arms if arm.first_step(setting_of(tmp_path)) == 0} == {"restart"}

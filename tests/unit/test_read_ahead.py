@@ -39,12 +39,13 @@ def number(batch: Batch) -> int:
 
 
 def test_any_order_gives_the_batch_of_the_step_that_is_asked_for() -> None:
-    source = Numbered()
+    source, before = Numbered(), set(threading.enumerate())
     ahead = ReadAhead(source, timeout_seconds=30)
     order = [0, 1, 2, 7, 8, 3, 3, 4]
     assert [number(ahead.batch(step)) for step in order] == order
     ahead.close()
     assert source.is_closed
+    assert set(threading.enumerate()) <= before, "no thread is left"
 
 
 def test_the_next_batch_is_read_before_it_is_asked_for() -> None:

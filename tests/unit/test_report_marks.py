@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from milepost.runs.evaluations import EvaluationStore
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course, Curve
 from milepost.trajectory.figures.marks import (
@@ -85,6 +86,28 @@ def test_rollbacks_and_skipped_batches_are_marked_and_told_once(tmp_path: Path) 
         "It rolled back once: from 18 to 15 (spike; 4 batches left out).",
         "Guards warned of spikes at step 17.",
     ]
+
+
+def test_samples_and_scores_that_a_rollback_undid_are_not_told_of(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", total_steps=30)
+    made.start()
+    made.train(1, 18)
+    for step in (10, 15):
+        made.save(step)
+        made.sample(step)
+        made.evaluate(step, "piqa", acc=0.5)
+    made.evaluate(18, "arc_easy", acc=0.5, checkpoint_sha256=None)  # as the training itself does
+    newest = list(EvaluationStore(made.layout.root).latest())[-1]
+    made.append("evaluation", step=18, key=newest)
+    made.append("rolled_back", from_step=18, to_step=12, why="spike", skipped=6, rollbacks=1)
+    made.train(13, 14)
+    trajectory = collect(made.layout.root)
+    assert {sample["step"] for sample in trajectory.samples} == {10}
+    scored = [(e.step, s.setting.benchmark) for s in trajectory.benchmarks for e in s.evaluations]
+    assert scored == [(10, "piqa")]
+    made.train(15, 15)
+    made.save(15)  # the same weights in this test, so the same hash
+    assert [e.step for s in collect(made.layout.root).benchmarks for e in s.evaluations] == [10, 15]
 
 
 def test_what_a_rollback_undid_is_on_no_curve_and_is_no_measure_for_a_resume(

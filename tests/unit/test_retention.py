@@ -58,18 +58,20 @@ def test_the_last_good_train_state_stays_until_the_next_is_whole(
 @pytest.mark.parametrize(
     ("steps", "keep", "every", "scheduled", "dropped"),
     [
+        ([3, 7, 10], 1, None, 10, [7]),  # the run began at 3
+        ([3, 7, 10, 20], 1, None, 10, [3, 7]),
         ([10, 20, 30, 40], 2, None, None, [10, 20]),
         ([10, 20, 30, 40], 1, None, 10, [10, 20]),
         ([10, 20, 23, 27], 2, None, 10, []),  # what stops left makes no scheduled one go
         ([10, 20, 23, 27, 28], 2, None, 10, [23]),
         ([10, 20, 30, 33], 1, 10, 10, []),
-        ([3, 7], 1, None, 10, [3]),
+        ([4, 7], 1, None, 10, [4]),
     ],
 )
 def test_the_newest_two_scheduled_train_states_stay_for_a_rollback(
     steps: list[int], keep: int, every: int | None, scheduled: int | None, dropped: list[int]
 ) -> None:
-    found = steps_to_drop(steps, keep=keep, every_steps=every, scheduled=scheduled)
+    found = steps_to_drop(steps, keep=keep, every_steps=every, scheduled=scheduled, first_step=3)
     assert found == dropped
 
 

@@ -28,11 +28,13 @@ class Disk:
         self.free: int | None = 10 * NEEDED
         self.now = 0.0
         self.num_looks = 0
+        self.is_saving = False
         layout = RunLayout(root)
         self.events = layout.events
         self.watch = DiskWatch(
             layout,
             needed_bytes=NEEDED,
+            is_saving=lambda: self.is_saving,
             events=EventWriter(layout.events, segment=1),
             clock=lambda: self.now,
         )
@@ -75,6 +77,18 @@ def test_it_looks_once_a_minute_and_warns_once_until_there_was_room_again(
     assert disk.warned() == [1, 3]
 
 
+def test_what_a_save_under_way_takes_is_no_reason_to_warn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, monkeypatch)
+    disk.is_saving = True
+    disk.after(LOOK_SECONDS, free=NEEDED // 2)
+    assert disk.warned() == [], "retention has not freed what it may"
+    disk.is_saving = False
+    disk.after(1, free=NEEDED - 1)
+    assert disk.warned() == [NEEDED - 1], "looked at as soon as the save is over"
+
+
 def test_a_disk_that_cannot_be_asked_does_not_stop_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +109,8 @@ def test_a_step_that_takes_too_long_is_shown_once_and_marked(
     with dog.watching():
         assert marked.wait(30)
     dog.close()
-    assert lines[0].startswith("rank 1 has waited ") and "torch ends it after 0.2 s" in lines[0]
+    assert lines[0].startswith("rank 1 has been in one step for 0.")
+    assert "where it waits for another rank, torch ends it after 0.2 s" in lines[0]
 
 
 def test_steps_in_time_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,12 @@ class Restorable(NamedTuple):
 
 
 def steps_to_drop(
-    steps: list[int], *, keep: int, every_steps: int | None, scheduled: int | None = None
+    steps: list[int],
+    *,
+    keep: int,
+    every_steps: int | None,
+    scheduled: int | None = None,
+    first_step: int = 0,
 ) -> list[int]:
     """Steps whose train state goes: all but the newest `keep` and multiples of `every_steps`.
 
@@ -30,10 +35,11 @@ def steps_to_drop(
         keep: the newest that stay; 1 at least.
         every_steps: multiples of it stay.
         scheduled: the newest two multiples of it stay too, of which a rollback needs one.
+        first_step: that the run began at; it counts as a multiple.
     """
     old = sorted(steps)[:-keep]
     if scheduled is not None:
-        needed = [step for step in sorted(steps) if step % scheduled == 0][-2:]
+        needed = [s for s in sorted(steps) if s % scheduled == 0 or s == first_step][-2:]
         old = [step for step in old if step not in needed]
     return [step for step in old if every_steps is None or step % every_steps]
 
@@ -45,6 +51,7 @@ def drop_old_train_states(
     keep: int,
     every_steps: int | None,
     scheduled: int | None = None,
+    first_step: int = 0,
     record: Callable[[int], None],
 ) -> list[int]:
     """Drops train states by the rule of `steps_to_drop`; weights always stay.
@@ -60,6 +67,7 @@ def drop_old_train_states(
         keep: the newest that stay, that of `good_step` among them; 1 at least.
         every_steps: multiples of it stay too.
         scheduled: the newest two multiples of it stay too.
+        first_step: that the run began at; it counts as a multiple.
         record: called with each step before its train state goes; on the disk when it returns.
 
     Returns:
@@ -73,7 +81,9 @@ def drop_old_train_states(
         for step, folder in checkpoint_folders(layout)
         if step <= good_step and (folder / STATE_FOLDER).is_dir()
     ]
-    dropped = steps_to_drop(with_state, keep=keep, every_steps=every_steps, scheduled=scheduled)
+    dropped = steps_to_drop(
+        with_state, keep=keep, every_steps=every_steps, scheduled=scheduled, first_step=first_step
+    )
     for step in dropped:
         doomed = layout.checkpoints / f".deleted-{STATE_FOLDER}-{step:08d}"
         record(step)

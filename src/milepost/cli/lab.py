@@ -69,3 +69,37 @@ def resume(
     for sentence in sentences(finished.results):
         console.show(sentence)
     console.say(in_words(finished))
+
+
+def report(
+    folder: Path = Path("resume-lab"),
+    *,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write the report of a laboratory as far as it is, and train nothing.
+
+    It may be written while the laboratory is at work, and after it was stopped.
+
+    Example: `milepost lab report resume-lab`
+
+    Parameters
+    ----------
+    folder
+        The laboratory's folder, as `--out` named it.
+    json
+        Print one JSON document.
+    """
+    from milepost.core import console
+    from milepost.experiments.lab.laboratory import report_laboratory
+    from milepost.experiments.lab.page import as_plain, sentences
+
+    results = report_laboratory(folder)
+    if json:
+        console.show_json(as_plain(results, left_out={}))
+        return
+    for sentence in sentences(results):
+        console.show(sentence)
+    console.say(
+        f"{results.num_done} of {results.num_runs} runs that have begun are done; "
+        f"report: {results.setting.report}"
+    )

@@ -48,6 +48,7 @@ DATA_VERBS = {
 
 LAB_VERBS = {
     "resume": "Measure what a restart costs, and which part of it costs what.",
+    "report": "Write the report of a laboratory as far as it is.",
 }
 
 TAKE_OVERRIDES = ("train", "finetune", "import", "lab", "plan")

@@ -79,7 +79,8 @@ def train(
             from milepost.data.run_data import open_run_data
 
             config = _load_config(recipe, overrides)
-            open_run_data(config)  # so that what is wrong with it is said once
+            _refuse_beginning(run, begin_with)  # so that what is wrong is said once
+            open_run_data(config)
             return config
 
         launch_ranks(load, words=words, ranks=ranks)
@@ -132,6 +133,19 @@ def _parent_request(from_: str | None, restore: str | None) -> ParentRequest | N
             hint="add --from RUN:STEP; a run that is continued is always restored in full",
         )
     return None
+
+
+def _refuse_beginning(run: Path, begin_with: ParentRequest | None) -> None:
+    """Refuses a parent that is not there, and a run that no data was ever named for."""
+    from milepost.runs.layout import RunLayout
+    from milepost.runs.lineage import refuse_no_run
+    from milepost.runs.manifest import read_run_manifest, refuse_without_data
+    from milepost.runs.steps import is_run
+
+    if is_run(run):
+        refuse_without_data(read_run_manifest(RunLayout(run)), run=run)
+    elif begin_with is not None:
+        refuse_no_run(begin_with)
 
 
 def _load_config(recipe: str, overrides: Sequence[str]) -> Config:

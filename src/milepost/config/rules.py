@@ -54,13 +54,16 @@ def _kv_heads_divide_heads(heads: int, kv_heads: int) -> Problem | None:
     )
 
 
-def _row_fits_context(length: int, context: int) -> Problem | None:
+def _row_fits_context(length: int, context: int, template: str | None) -> Problem | None:
     if length <= context:
         return None
+    hint = f"set data.sequence_length to at most {context}"
+    if template is None:  # of a fine-tuning the architecture is given
+        hint += ", or raise model.max_position_embeddings"
     return Problem(
         "data.sequence_length",
         f"rows of {length} tokens exceed max_position_embeddings {context}",
-        f"set data.sequence_length to at most {context}, or raise model.max_position_embeddings",
+        hint,
     )
 
 
@@ -233,7 +236,10 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
     (("model.hidden_size", "model.num_attention_heads"), _heads_divide_width),
     (("model.num_attention_heads", "model.num_key_value_heads"), _kv_heads_divide_heads),
-    (("data.sequence_length", "model.max_position_embeddings"), _row_fits_context),
+    (
+        ("data.sequence_length", "model.max_position_embeddings", "finetune.template"),
+        _row_fits_context,
+    ),
     (("train.global_batch_tokens", "data.sequence_length"), _batch_is_whole_rows),
     (
         (

@@ -19,8 +19,6 @@ SLOW_FRACTION = 0.5
 CLOSE_SECONDS = 5.0
 """How long a read that nobody waits for any more may hold up the end."""
 
-_Result = tuple[int, Batch | Exception]
-
 
 class ReadAhead:
     """Batches that are read by a thread of their own, each while the one before is trained on.
@@ -49,7 +47,7 @@ class ReadAhead:
         self._is_stalled = False
         self._ahead: int | None = None
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._keep_reading, name="loader", daemon=True)
         self._thread.start()
 
@@ -87,7 +85,7 @@ class ReadAhead:
                 found = self._batches.batch(data_step)
             except Exception as error:  # raised in the thread that waits for it
                 found = error
-            self._read.put((data_step, found))
+            self._read.put(found)
 
     def _wait(self) -> Batch | Exception:
         """What the thread reads now, as soon as it is there."""
@@ -95,11 +93,11 @@ class ReadAhead:
         soon = self._timeout_seconds * SLOW_FRACTION
         started = time.monotonic()
         try:
-            return self._read.get(timeout=soon)[1]
+            return self._read.get(timeout=soon)
         except queue.Empty:
             self._slow(self._ahead, time.monotonic() - started)
         try:
-            return self._read.get(timeout=self._timeout_seconds - soon)[1]
+            return self._read.get(timeout=self._timeout_seconds - soon)
         except queue.Empty:
             self._is_stalled = True
         say("the thread that reads the data stands here:")

@@ -17,7 +17,7 @@ SAVING_MARK = "saving"
 """A file beside the rendezvous that is there while a save is under way."""
 
 STALLED_MARK = "stalled"
-"""A file beside the rendezvous in which a rank that has given up waiting says which it is."""
+"""Begins the names of files beside the rendezvous; a rank that has given up waiting makes one."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Says where a rank stands shortly before torch ends it for a collective that hangs.
 
 On GPUs (nccl) a collective that waits too long ends the process without a word of Python's; on
-the CPU (gloo) it raises, and `reduce.py` says the same.
+the CPU (gloo) it raises, and `reduce.py` says the same. The wait is seen where the host reads what
+the step gave. A step that is only slow (the first, which compiles) is told of too, and goes on.
 """
 
 from __future__ import annotations
@@ -54,15 +55,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         told: float | None = None
-        while not self._ended.wait(min(LOOK_SECONDS, self._limit / 4)):
+        soon = (self._world.timeout_seconds - self._limit) / 2
+        while not self._ended.wait(min(LOOK_SECONDS, soon)):
             since = self._since
             if since is None or since == told or time.monotonic() - since < self._limit:
                 continue
             told = since
             limit = format_duration(self._world.timeout_seconds)
             say(
-                f"rank {self._world.rank} has waited {format_duration(time.monotonic() - since)} "
-                f"in one step; torch ends it after {limit}. It stands here:"
+                f"rank {self._world.rank} has been in one step for "
+                f"{format_duration(time.monotonic() - since)}; where it waits for another rank, "
+                f"torch ends it after {limit}. It stands here:"
             )
             for line in stack_lines(frame_of_thread(self._watched), without=__file__):
                 say(line)

@@ -78,25 +78,10 @@ def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Ite
     if place.size == 1:
         yield World(rank=0, size=1, device=device, stalled_mark=place.stalled_mark)
         return
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        store=_meet(place),
-        rank=place.rank,
-        world_size=place.size,
-        timeout=datetime.timedelta(seconds=JOIN_SECONDS),
-    )
+    has_failed = True
     try:
-        timeout = datetime.timedelta(seconds=timeout_seconds)
-        pair_groups = _pair_groups(place, timeout=timeout)
-        yield World(
-            rank=place.rank,
-            size=place.size,
-            device=device,
-            pair_groups=pair_groups,
-            all_ranks=pair_groups[0] if place.size == 2 else dist.new_group(timeout=timeout),
-            timeout_seconds=timeout_seconds,
-            stalled_mark=place.stalled_mark,
-        )
+        yield _join(place, device=device, timeout_seconds=timeout_seconds)
+        has_failed = False
     except RuntimeError as error:
         if not _is_loss_of_a_peer(error):
             raise
@@ -104,9 +89,42 @@ def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Ite
             f"rank {place.rank} lost the other ranks", hint="what went wrong is said by another"
         ) from error
     finally:
-        # A rank that fails must not wait for the others here.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        # Gloo's end tells the others at once. Nccl's waits for them, who may wait for this one:
+        # a rank that fails leaves it to the end of its process.
+        if dist.is_initialized() and not (has_failed and device.type == "cuda"):
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _join(place: Place, *, device: torch.device, timeout_seconds: float) -> World:
+    """Meets the other ranks and makes the groups with them."""
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(place),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        pair_groups = _pair_groups(place, timeout=timeout)
+        all_ranks = pair_groups[0] if place.size == 2 else dist.new_group(timeout=timeout)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in ("wait timeout", "timed out")):
+            raise
+        raise MilepostError(
+            f"rank {place.rank} waited for another rank to join, in vain",
+            hint="a rank is frozen or checks its data for too long; run the same command again",
+        ) from error
+    return World(
+        rank=place.rank,
+        size=place.size,
+        device=device,
+        pair_groups=pair_groups,
+        all_ranks=all_ranks,
+        timeout_seconds=timeout_seconds,
+        stalled_mark=place.stalled_mark,
+    )
 
 
 def _meet(place: Place) -> dist.Store:

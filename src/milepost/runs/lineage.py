@@ -135,31 +135,44 @@ def parse_restore(text: str) -> Parts:
 
 
 def parse_parent(text: str, *, restore: str) -> ParentRequest:
-    """What `--from` and `--restore` mean; nothing is read but which folders there are.
+    """What `--from` and `--restore` mean.
+
+    Only names are looked at: a run that has checkpoints of its own goes on with the command that
+    it was begun with, wherever its parent is by then.
 
     Args:
         text: RUN:STEP, RUN for its latest checkpoint, or a checkpoint folder of a run.
         restore: see `parse_restore`.
 
     Raises:
-        UsageError: one of them cannot be read, or there is no such folder.
+        UsageError: `restore` cannot be read.
     """
     parts = parse_restore(restore)
     path, step = Path(text), None
     head, colon, tail = text.rpartition(":")
     if not path.is_dir() and colon and head and tail.isascii() and tail.isdigit():
         path, step = Path(head), int(tail)
+    path = path.resolve()
+    of_folder = step_of_folder(path)
+    if of_folder is not None and step is None and not is_run(path):
+        path, step = path.parent.parent, of_folder
+    return ParentRequest(path, step, parts)
+
+
+def refuse_no_run(request: ParentRequest) -> None:
+    """Refuses a parent that is not there, or is no run.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    path = request.run
     if not path.is_dir():
         raise UsageError(
-            f"--from {text}: there is no folder {path}",
+            f"--from: there is no folder {path}",
             hint="give RUN:STEP, a run folder and the step of one of its checkpoints",
         )
-    of_folder = step_of_folder(path.resolve())
-    if of_folder is not None and step is None:
-        path, step = path.resolve().parent.parent, of_folder
     if not is_run(path):
         raise UsageError(
-            f"--from {text}: {path} is not a run folder",
+            f"--from: {path} is not a run folder",
             hint="give RUN:STEP; a model of another program becomes a run with milepost import",
         )
-    return ParentRequest(path.resolve(), step, parts)

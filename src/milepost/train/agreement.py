@@ -27,6 +27,7 @@ class Agreement:
         parts: what of it is restored; all, but for a checkpoint of a parent.
         is_finished: nothing is left to do.
         refusals: what was skipped and rolled back before, and holds.
+        first_step: that the run began at.
         missing: what was due at the restored step and was not reached: "validation", "sample",
             names of benchmarks; at the first step of a run all.
     """
@@ -36,6 +37,7 @@ class Agreement:
     parts: Parts
     is_finished: bool
     refusals: Refusals
+    first_step: int
     missing: frozenset[str]
 
 
@@ -51,6 +53,7 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
             "parts": PARTS if opened.parent is None else opened.parent.parts,
             "is_finished": opened.is_finished and not missing,
             "refusals": _refusals(opened).as_plain(),
+            "first_step": opened.first_step,
             "missing": missing,
         }
     plain = broadcast_json(plain, world=world)
@@ -61,6 +64,7 @@ def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
         parts=tuple(plain["parts"]),
         is_finished=plain["is_finished"],
         refusals=refusals_from_plain(plain["refusals"]),
+        first_step=plain["first_step"],
         missing=frozenset(plain["missing"]),
     )
 

@@ -13,6 +13,7 @@ from milepost.config.schema import Config
 from milepost.core.console import say, warn
 from milepost.core.units import format_duration
 from milepost.data.read_ahead import ReadAhead
+from milepost.distributed.decision import on_main_rank
 from milepost.distributed.world import World
 from milepost.model.llama import Llama
 from milepost.planner.cost import flops_per_token
@@ -83,18 +84,19 @@ def build(
         stop_requested=stop_requested,
         restored_step=progress.step,
     )
-    saver = None
-    if opened is not None:
-        saver = Saver(
+    saver = on_main_rank(
+        lambda: Saver(
             _checkpoint_writer(opened, layout=layout, subject=subject, model=model),
             model=model,
             weights=subject.trained_weights(model),
             optimizer=optimizer,
             saved_step=progress.step,
             mark=saving_mark,
-        )
-        disk_watch = _disk_watch(opened, layout=layout, subject=subject)
-        periodic += _saving(saver, disk_watch, every_steps=config.checkpoint.every_steps)
+        ),
+        world=world,
+    )
+    if opened is not None and saver is not None:
+        periodic += _saving(saver, opened=opened, layout=layout, subject=subject)
     events = opened.events if opened is not None else None
     stepper = _stepper(
         model, optimizer=optimizer, subject=subject, config=config, world=world, progress=progress
@@ -103,7 +105,7 @@ def build(
         model,
         optimizer=optimizer,
         subject=subject,
-        config=config,
+        agreement=agreement,
         layout=layout,
         world=world,
         opened=opened,
@@ -125,12 +127,15 @@ def build(
     )
 
 
-def _saving(saver: Saver, disk_watch: DiskWatch, *, every_steps: int) -> list[Periodic]:
+def _saving(
+    saver: Saver, *, opened: OpenedRun, layout: RunLayout, subject: Subject
+) -> list[Periodic]:
     """What the main rank does about checkpoints, after all that shows in them."""
+    disk_watch = _disk_watch(opened, layout=layout, subject=subject, saver=saver)
     return [
         Periodic(1, saver.raise_failure),
         Periodic(1, disk_watch.look),
-        Periodic(every_steps, saver.save),
+        Periodic(opened.config.checkpoint.every_steps, saver.save),
     ]
 
 
@@ -194,11 +199,13 @@ def _read_ahead(
     )
 
 
-def _disk_watch(opened: OpenedRun, *, layout: RunLayout, subject: Subject) -> DiskWatch:
+def _disk_watch(
+    opened: OpenedRun, *, layout: RunLayout, subject: Subject, saver: Saver
+) -> DiskWatch:
     config = opened.config
     dtype = config.checkpoint.weights_dtype
     needed = needed_bytes(subject.num_trained(config), weights_dtype=dtype)
-    return DiskWatch(layout, needed_bytes=needed, events=opened.events)
+    return DiskWatch(layout, needed_bytes=needed, is_saving=saver.is_saving, events=opened.events)
 
 
 def _watching(
@@ -242,19 +249,38 @@ def _watching(
             made_up={restored_step: names},
         )
         periodic.append(Periodic(config.evaluation.every_steps, action, at_start=bool(names)))
-    if opened is not None and config.samples.every_steps is not None:
-        action = make_sampling(
-            model, tokenizer=subject.tokenizer, config=config, layout=layout, events=opened.events
-        )
-        is_missing = "sample" in agreement.missing
-        periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
-    return periodic
+    sampling = on_main_rank(
+        lambda: _sampling(agreement, model=model, subject=subject, layout=layout, opened=opened),
+        world=world,
+    )
+    return [*periodic, *(sampling or [])]
+
+
+def _sampling(
+    agreement: Agreement,
+    *,
+    model: Llama,
+    subject: Subject,
+    layout: RunLayout,
+    opened: OpenedRun | None,
+) -> list[Periodic]:
+    """What the main rank does about samples, where the recipe has some."""
+    config = agreement.config
+    if config.samples.every_steps is None:
+        return []
+    assert opened is not None
+    action = make_sampling(
+        model, tokenizer=subject.tokenizer, config=config, layout=layout, events=opened.events
+    )
+    is_missing = "sample" in agreement.missing
+    return [Periodic(config.samples.every_steps, action, at_start=is_missing)]
 
 
 def _checkpoint_writer(
-    opened: OpenedRun, *, layout: RunLayout, subject: Subject, model: Llama
+    opened: OpenedRun | None, *, layout: RunLayout, subject: Subject, model: Llama
 ) -> CheckpointWriter:
     """The main rank's writer, with the retention of the segment before carried out."""
+    assert opened is not None
     config = opened.config
     writer = CheckpointWriter(
         layout=layout,
@@ -265,6 +291,7 @@ def _checkpoint_writer(
         events=opened.events,
         good_step=0 if opened.restorable is None else opened.restorable.step,
         keeps_for_rollback=config.guards.spike == "rollback",
+        first_step=opened.first_step,
     )
     # What a kill between a save and its retention left would come on top of the next save.
     writer.drop_old()

@@ -22,6 +22,7 @@ class DiskWatch:
     Args:
         layout: the run folder.
         needed_bytes: of the next checkpoint, some to spare among them.
+        is_saving: whether a checkpoint is being written; what it leaves free is seen after it.
         events: of the run.
         clock: seconds, monotonic.
     """
@@ -31,11 +32,13 @@ class DiskWatch:
         layout: RunLayout,
         *,
         needed_bytes: int,
+        is_saving: Callable[[], bool],
         events: EventWriter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._layout = layout
         self._needed_bytes = needed_bytes
+        self._is_saving = is_saving
         self._events = events
         self._clock = clock
         self._next_look = 0.0
@@ -44,7 +47,7 @@ class DiskWatch:
     def look(self, progress: Progress) -> None:
         """Looks, if it is time to; never stops a run, which the save itself does."""
         now = self._clock()
-        if now < self._next_look:
+        if now < self._next_look or self._is_saving():
             return
         self._next_look = now + LOOK_SECONDS
         try:

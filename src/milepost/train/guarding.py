@@ -120,8 +120,8 @@ class Guarding:
             Where the run stands then.
 
         Raises:
-            GuardStopped: no try is left.
-            DivergedError: on the main rank, the checkpoint for a rollback is gone.
+            GuardStopped: no try is left, or the checkpoint for a rollback is gone.
+            MilepostError: see `Rewinder.rewind`.
         """
         if self._verdict.action == "stop":
             raise self._stop(result, batch, progress=progress)
@@ -138,7 +138,10 @@ class Guarding:
 
     def _roll_back(self, result: StepResult, batch: Batch, *, progress: Progress) -> Progress:
         to_step = rollback_step(
-            progress, why=self._verdict.why, every_steps=self._config.checkpoint.every_steps
+            progress,
+            why=self._verdict.why,
+            every_steps=self._config.checkpoint.every_steps,
+            first_step=self._rewinder.first_step,
         )
         rollback = Rollback(
             to_step=to_step,

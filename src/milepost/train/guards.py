@@ -104,22 +104,23 @@ def _out_of_patience(
     return Verdict("roll_back" if can_roll_back else "stop", why, z, numbers)
 
 
-def rollback_step(progress: Progress, *, why: str, every_steps: int) -> int:
+def rollback_step(progress: Progress, *, why: str, every_steps: int, first_step: int) -> int:
     """The step that a rollback returns to: the last scheduled checkpoint before the trouble.
 
     Numbers that are not finite are taken for the work of the last update, where no spike says
     that it began earlier.
 
     Checkpoints of other steps, which stops leave, never count: they would not be there in a run
-    that nobody stopped. 0 means the first weights.
+    that nobody stopped. No step is before the run's first, which may be another run's.
 
     Args:
         progress: before the update that is refused.
         why: of the verdict.
         every_steps: interval of the checkpoints.
+        first_step: that the run began at.
     """
     num_bad = max(progress.guards.spikes_in_a_row, int(why == "not finite"))
-    return max(0, progress.step - num_bad) // every_steps * every_steps
+    return max(first_step, (progress.step - num_bad) // every_steps * every_steps)
 
 
 def recalled(progress: Progress, *, refusals: Refusals) -> Progress:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from milepost.checkpoint.recorded import records_of
@@ -22,7 +22,12 @@ from milepost.core.files import storage_errors
 from milepost.runs.events import EventWriter, History, read_history, utc_now
 from milepost.runs.layout import RunLayout
 from milepost.runs.lineage import Lineage, ParentRequest, lineage_of
-from milepost.runs.manifest import RunManifest, read_run_manifest, write_run_manifest
+from milepost.runs.manifest import (
+    RunManifest,
+    read_run_manifest,
+    refuse_without_data,
+    write_run_manifest,
+)
 from milepost.runs.overrides import Change, apply_changes, config_with_overrides
 from milepost.runs.refusals import refusals_of
 from milepost.train.parent import choose_parent, open_parent, refuse_other_parent
@@ -40,7 +45,9 @@ class OpenedRun:
         events: the writer of this segment.
         restorable: the checkpoint to go on from; None for a run from its first step.
         changed: what this segment takes, harmless changes too.
-        parent: of another run, the checkpoint `restorable` is; None where it is the run's own.
+        origin: the checkpoint of another run that this one was made from, with the place where
+            it lies now; None where there is none.
+        parent: the same, where `restorable` is it; None where that is the run's own.
     """
 
     manifest: RunManifest
@@ -49,7 +56,17 @@ class OpenedRun:
     events: EventWriter
     restorable: Restorable | None
     changed: list[Change]
+    origin: Lineage | None = None
     parent: Lineage | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The step that the run began at: its parent's, an import's, or 0."""
+        if self.origin is not None:
+            return self.origin.first_step
+        saved = self.history.of_kind("checkpoint_saved")
+        imported = (e.get("step") for e in saved if not e.get("segment"))
+        return next((step for step in imported if isinstance(step, int)), 0)
 
     @property
     def overrides(self) -> list[Change]:
@@ -96,6 +113,7 @@ def open_run(
         lineage = lineage_of(manifest.lineage)
         if begin_with is not None:
             refuse_other_parent(lineage, begin_with, run=layout)
+        refuse_without_data(manifest, run=layout.root)
         history = read_history(layout.events)
         base = config_with_overrides(manifest.config, history=history)
         changed = differences(base, config)
@@ -116,10 +134,13 @@ def open_run(
         warn(f"{layout.events}: {history.num_bad_lines} lines cannot be read and are skipped")
     events = EventWriter(layout.events, segment=history.num_segments + 1)
     restorable = _find_checkpoint(layout, manifest=manifest, history=history, events=events)
-    parent = lineage if restorable is None else None
+    origin = lineage
+    if lineage is not None and begin_with is not None:
+        origin = replace(lineage, run=begin_with.run)
+    parent = origin if restorable is None else None
     if parent is not None:
-        restorable = open_parent(parent, request=begin_with)
-    return OpenedRun(manifest, config, history, events, restorable, changed, parent)
+        restorable = open_parent(parent)
+    return OpenedRun(manifest, config, history, events, restorable, changed, origin, parent)
 
 
 def _find_checkpoint(
@@ -190,11 +211,6 @@ def _refuse_other_origin(manifest: RunManifest, identity: Identity) -> None:
             f"the model that is tuned is not that of the run ({_short(theirs)} instead of "
             f"{_short(ours)})",
             hint=f"give the model that the run was made from: {manifest.lineage.get('base')}",
-        )
-    if not manifest.data_fingerprint:
-        raise UsageError(
-            "the run was imported without data, so it cannot be trained further",
-            hint="import the model once more with --data, to another --run",
         )
     known = (manifest.data_fingerprint, manifest.validation_fingerprint, manifest.tokenizer_sha256)
     found = (identity.fingerprint, identity.validation_fingerprint, identity.tokenizer_sha256)

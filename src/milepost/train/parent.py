@@ -6,6 +6,7 @@ Only the main rank comes here, holding the lock of the new run; the parent is on
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from milepost.checkpoint.retention import Restorable
 from milepost.checkpoint.store import STATE_FOLDER, verify_checkpoint
@@ -20,6 +21,8 @@ from milepost.runs.lineage import (
     WEIGHTS,
     Lineage,
     ParentRequest,
+    Parts,
+    refuse_no_run,
     restore_text,
     restore_words,
 )
@@ -30,6 +33,9 @@ from milepost.train.subject import Identity
 
 _OF_NO_WEIGHT = ("model.initializer_range", "model.residual_init")
 """What says how first weights are drawn is nothing to weights that are there."""
+
+_OF_THE_ORDER = ("run.seed", "data.sequence_length", "train.global_batch_tokens")
+"""What decides which rows a data step has."""
 
 
 def choose_parent(request: ParentRequest, *, config: Config, identity: Identity) -> Lineage:
@@ -45,6 +51,7 @@ def choose_parent(request: ParentRequest, *, config: Config, identity: Identity)
         CheckpointError: there is no such checkpoint, it is damaged, or it has no train state.
         DataError: the data is of another tokenizer.
     """
+    refuse_no_run(request)
     layout = RunLayout(request.run)
     manifest = read_run_manifest(layout)
     if manifest.config.is_finetuning:
@@ -56,19 +63,20 @@ def choose_parent(request: ParentRequest, *, config: Config, identity: Identity)
     _refuse_other_architecture(parent_config, config, where=layout)
     _compare_data(manifest, identity, parts=request.parts)
     step = _choose_step(layout, request)
+    sha256 = _verify(layout, run_id=manifest.run_id, step=step, parts=request.parts)
     changed = {
         field: [old, new]
         for field, old, new in differences(parent_config, config)
         if not is_harmless(field)
     }
     _say_rounding(layout.checkpoint(step), parent_config)
+    if DATA in request.parts:
+        _say_other_order(changed)
     lineage = Lineage(
         run=layout.root,
         run_id=manifest.run_id,
         step=step,
-        checkpoint_sha256=verify_checkpoint(
-            layout.checkpoint(step), run_id=manifest.run_id, step=step
-        ),
+        checkpoint_sha256=sha256,
         parts=request.parts,
         changed=changed,
     )
@@ -81,18 +89,16 @@ def choose_parent(request: ParentRequest, *, config: Config, identity: Identity)
     return lineage
 
 
-def open_parent(lineage: Lineage, *, request: ParentRequest | None) -> Restorable:
+def open_parent(lineage: Lineage) -> Restorable:
     """The checkpoint that a run begins with, as long as it has none of its own.
 
     Args:
-        lineage: of the run.
-        request: of this command line; it may say where the parent lies now.
+        lineage: of the run, with the place where the parent lies now.
 
     Raises:
         CheckpointError: it is gone, or is not what the run was made from.
     """
-    place = lineage.run if request is None else request.run
-    folder = RunLayout(place).checkpoint(lineage.step)
+    folder = lineage.checkpoint
     hint = (
         "the run has no checkpoint of its own yet, so it begins with its parent's once more: put "
         "that back, say with --from where it lies now, or choose another --run"
@@ -125,9 +131,12 @@ def refuse_other_parent(lineage: Lineage | None, request: ParentRequest, *, run:
             f"{run.root} holds a run already, which does not begin with {request.run}",
             hint="choose a new folder with --run, or leave --from out to continue this one",
         )
-    asked: tuple[object, ...] = (read_run_manifest(RunLayout(request.run)).run_id, request.parts)
-    has: tuple[object, ...] = (lineage.run_id, lineage.parts)
-    if asked != has or request.step not in (None, lineage.step):
+    is_same_place = request.run == lineage.run and not request.run.exists()
+    if not is_same_place:  # it may have been moved, and is known by its id
+        refuse_no_run(request)
+        is_same_place = read_run_manifest(RunLayout(request.run)).run_id == lineage.run_id
+    is_same_step = request.step in (None, lineage.step)
+    if not (is_same_place and is_same_step and request.parts == lineage.parts):
         step = "" if request.step is None else f":{request.step}"
         raise UsageError(
             f"{run.root} begins with {lineage.run}:{lineage.step}, restored: "
@@ -159,7 +168,7 @@ def _refuse_other_architecture(parent: Config, config: Config, *, where: RunLayo
         )
 
 
-def _compare_data(manifest: RunManifest, identity: Identity, *, parts: tuple[str, ...]) -> None:
+def _compare_data(manifest: RunManifest, identity: Identity, *, parts: Parts) -> None:
     """The tokenizer must be the parent's; other text is taken, and said."""
     if manifest.tokenizer_sha256 != identity.tokenizer_sha256:
         raise DataError(
@@ -168,11 +177,24 @@ def _compare_data(manifest: RunManifest, identity: Identity, *, parts: tuple[str
             hint="prepare the data with the parent's own: --tokenizer "
             "RUN/checkpoints/step-*/tokenizer.json",
         )
+    if not manifest.data_fingerprint:
+        return  # imported without data: there are none to compare with
     if manifest.data_fingerprint != identity.fingerprint:
         where = "goes on at the parent's place in its order" if DATA in parts else "begins anew"
         warn(f"{identity.place} is not the data of the parent; it {where}")
     if manifest.validation_fingerprint != identity.validation_fingerprint:
         warn("the validation set is not the parent's: their losses cannot be compared")
+
+
+def _say_other_order(changed: dict[str, list[Any]]) -> None:
+    """The place in the data is a number of batches: of other batches, or of another order, it is
+    not the place where the parent was."""
+    if fields := [field for field in _OF_THE_ORDER if field in changed]:
+        warn(
+            f"{' and '.join(fields)} differ{'s' if len(fields) == 1 else ''} from the parent's: "
+            "the number of batches goes on, but they are others, so that some text may be seen "
+            "twice and some not"
+        )
 
 
 def _say_rounding(checkpoint: Path, parent: Config) -> None:
@@ -181,24 +203,46 @@ def _say_rounding(checkpoint: Path, parent: Config) -> None:
         warn(f"{checkpoint} has its weights in {parent.checkpoint.weights_dtype} only")
 
 
+def _verify(layout: RunLayout, *, run_id: str, step: int, parts: Parts) -> str:
+    """The hash of a checkpoint whose bytes are as they were saved.
+
+    Raises:
+        CheckpointError, StorageError: they are not; the hint says which others there are.
+    """
+    try:
+        return verify_checkpoint(layout.checkpoint(step), run_id=run_id, step=step)
+    except (CheckpointError, StorageError) as error:
+        others = [other for other in _usable_steps(layout, parts) if other != step]
+        what = "checkpoints" if parts == (WEIGHTS,) else "train states"
+        hint = describe_steps(others, what=what) if others else "the parent has no other like it"
+        raise type(error)(error.message, hint=f"{hint}; milepost verify checks them") from error
+
+
+def _usable_steps(layout: RunLayout, parts: Parts) -> list[int]:
+    """Steps of the parent whose checkpoint has what is to be restored."""
+    saved = [step for step, _ in checkpoint_folders(layout)]
+    if parts == (WEIGHTS,):
+        return saved
+    return [step for step in saved if (layout.checkpoint(step) / STATE_FOLDER).is_dir()]
+
+
 def _choose_step(layout: RunLayout, request: ParentRequest) -> int:
     saved = [step for step, _ in checkpoint_folders(layout)]
-    with_state = [step for step in saved if (layout.checkpoint(step) / STATE_FOLDER).is_dir()]
-    needs_state = request.parts != (WEIGHTS,)
-    usable = with_state if needs_state else saved
+    usable = _usable_steps(layout, request.parts)
     if request.step is None and usable:
         return usable[-1]
     if request.step in usable:
         assert request.step is not None
         return request.step
-    if request.step is None or request.step not in saved:
+    if request.step not in (None, *saved) or not saved:
         what = "checkpoint" if request.step is None else f"checkpoint of step {request.step}"
         raise CheckpointError(
             f"{layout.root} has no {what}",
             hint=describe_steps(saved) if saved else "let it train up to its first checkpoint",
         )
-    told = describe_steps(with_state, what="train states") if with_state else "no step has one"
+    told = describe_steps(usable, what="train states") if usable else "no step has one"
+    where = "any checkpoint" if request.step is None else f"its checkpoint of step {request.step}"
     raise CheckpointError(
-        f"{layout.root} has no train state in its checkpoint of step {request.step}, only weights",
+        f"{layout.root} has no train state in {where}, only weights",
         hint=f"{told}; --restore weights needs none",
     )

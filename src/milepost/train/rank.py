@@ -13,7 +13,7 @@ from milepost.config.schema import Config
 from milepost.core.console import say
 from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
 from milepost.core.files import exclusive_lock, storage_errors
-from milepost.distributed.decision import MainRankFailed
+from milepost.distributed.decision import MainRankFailed, on_main_rank
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
 from milepost.distributed.reduce import broadcast_json
@@ -78,22 +78,19 @@ def train_as_rank(
     with contextlib.ExitStack() as stack:
         subject = open_subject(config)
         if place.rank == 0:
-            _make_folder(run)
-            stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
+            _take_folder(layout, until=stack)
             subject.verify()
-        device_type = _device_type(place)
         # Before the world: it ends after it, so that no other rank waits for a tracker.
         tracking = stack.enter_context(Tracking(layout, stop_requested=stop.is_requested))
         world = stack.enter_context(
             join_world(
                 place,
-                device_type=device_type,
+                device_type=_device_type(place),
                 timeout_seconds=config.guards.collective_timeout_seconds,
             )
         )
-        opened = None
-        if world.is_main:
-            opened = open_run(
+        opened = on_main_rank(
+            lambda: open_run(
                 layout,
                 config=config,
                 recipe=recipe,
@@ -101,7 +98,9 @@ def train_as_rank(
                 resolve=_resolver(world),
                 may_override=may_override,
                 begin_with=begin_with,
-            )
+            ),
+            world=world,
+        )
         agreement = agree(opened, world=world)
         if agreement.is_finished:
             return _already_done(opened, layout)
@@ -118,11 +117,12 @@ def train_as_rank(
             )
         stack.callback(parts.batches.close)
         _watch_steps(parts, world=world, until=stack)
-        if opened is not None:
-            say(subject.introduction(agreement.config))
-            start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
-            tracking.start(agreement.config.tracking, events=opened.events)
-            parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
+        on_main_rank(
+            lambda: _start(
+                parts, opened=opened, subject=subject, world=world, layout=layout, tracking=tracking
+            ),
+            world=world,
+        )
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
 
 
@@ -156,11 +156,31 @@ def _watch_steps(parts: LoopParts, *, world: World, until: contextlib.ExitStack)
         parts.watching = watchdog.watching
 
 
-def _make_folder(run: Path) -> None:
+def _start(
+    parts: LoopParts,
+    *,
+    opened: OpenedRun | None,
+    subject: Subject,
+    world: World,
+    layout: RunLayout,
+    tracking: Tracking,
+) -> None:
+    """What the main rank does when all is built, before the first update."""
+    assert opened is not None
+    say(subject.introduction(opened.config))
+    start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
+    tracking.start(opened.config.tracking, events=opened.events)
+    parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
+
+
+def _take_folder(layout: RunLayout, *, until: contextlib.ExitStack) -> None:
+    """Makes the run folder where there is none, and locks it."""
+    run = layout.root
     if run.exists() and not run.is_dir():
         raise UsageError(f"{run} is not a folder", hint="choose another name with --run")
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
+    until.enter_context(exclusive_lock(layout.lock, what=str(run)))
 
 
 def _resolver(world: World) -> Callable[[Config], Config]:

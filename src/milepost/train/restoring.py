@@ -35,7 +35,7 @@ def model_to_train(
         CheckpointError: the train state does not fit the model.
     """
     model = subject.make_model(config)
-    state = None if folder is None else _read(folder, parts=parts)
+    state = None if folder is None else read_state(folder, parts=parts)
     if state is None:
         subject.set_first_weights(model, config=config)
     else:
@@ -48,15 +48,24 @@ def model_to_train(
         restore_moments(
             model, optimizer=optimizer, moments=state.moments, num_updates=state.optimizer_step
         )
-    progress = restored_progress(state.progress, parts=parts)
-    return model, optimizer, fitting_scale(progress, precision=config.train.precision)
+    return model, optimizer, fitting_scale(state.progress, precision=config.train.precision)
 
 
-def _read(folder: Path, *, parts: Parts) -> TrainState:
-    """The checkpoint's state; of weights only, which need no train state, the rest is empty."""
+def read_state(folder: Path, *, parts: Parts) -> TrainState:
+    """What a run takes of a checkpoint; the rest is as before the first update.
+
+    Weights only need no train state.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if parts == (WEIGHTS,):
         return TrainState(Progress(), load_weights(folder), {}, optimizer_step=0)
-    return load_train_state(folder)
+    state = load_train_state(folder)
+    progress = restored_progress(state.progress, parts=parts)
+    if OPTIMIZER not in parts:
+        return TrainState(progress, state.weights, {}, optimizer_step=0)
+    return replace(state, progress=progress)
 
 
 def restored_progress(saved: Progress, *, parts: Parts) -> Progress:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from milepost.checkpoint.retention import set_aside_after
 from milepost.checkpoint.state import Progress, TrainState
-from milepost.checkpoint.store import STATE_FOLDER, load_train_state, verify_checkpoint
-from milepost.config.schema import Config
+from milepost.checkpoint.store import STATE_FOLDER, verify_checkpoint
 from milepost.core.errors import CheckpointError, DivergedError, MilepostError
-from milepost.distributed.decision import decide
+from milepost.distributed.decision import decide, on_main_rank
 from milepost.distributed.world import World
 from milepost.model.llama import Llama
 from milepost.runs.layout import RunLayout
+from milepost.runs.lineage import PARTS
+from milepost.train.agreement import Agreement
 from milepost.train.opening import OpenedRun
 from milepost.train.optimizer import restore_moments
-from milepost.train.restoring import fitting_scale, restore_weights
+from milepost.train.parent import open_parent
+from milepost.train.restoring import fitting_scale, read_state, restore_weights
 from milepost.train.saving import Saver
 from milepost.train.subject import Subject
 
@@ -31,7 +34,7 @@ class Rewinder:
         model: that is trained.
         optimizer: of the model.
         subject: what is trained.
-        config: of the run.
+        agreement: of all ranks.
         layout: the run folder.
         world: of this process.
         opened: the run, on the main rank only.
@@ -44,16 +47,17 @@ class Rewinder:
         *,
         optimizer: torch.optim.Optimizer,
         subject: Subject,
-        config: Config,
+        agreement: Agreement,
         layout: RunLayout,
         world: World,
         opened: OpenedRun | None,
         saver: Saver | None,
     ) -> None:
+        self.first_step = agreement.first_step
         self._model = model
         self._optimizer = optimizer
         self._subject = subject
-        self._config = config
+        self._config = agreement.config
         self._layout = layout
         self._world = world
         self._opened = opened
@@ -72,11 +76,12 @@ class Rewinder:
         next start finishes.
 
         Args:
-            to_step: 0 for the first weights, else of a checkpoint.
+            to_step: of a checkpoint, or the run's first, which may be of another run's checkpoint
+                or have none.
             record: writes the event, durably, given where the run stood then; called on the main
                 rank.
             gone: makes the error of a checkpoint that cannot be used, from words that follow
-                what was wrong; called on the main rank.
+                what was wrong; called on every rank.
 
         Returns:
             Where the run stood then.
@@ -85,36 +90,43 @@ class Rewinder:
             MilepostError: what `gone` made.
             StorageError: the save under way failed, or the event cannot be written.
         """
-        folder = self._layout.checkpoint(to_step) if to_step else None
-        decide(lambda: self._check(folder, to_step=to_step, gone=gone), world=self._world)
-        state = self._first_state() if folder is None else load_train_state(folder)
-        if self._opened is not None and self._saver is not None:
+        source = decide(lambda: self._source(to_step), world=self._world)
+        if "gone" in source:
+            raise gone(source["gone"])
+        if source["folder"] is None:
+            state = self._first_state()
+        else:
+            state = read_state(Path(source["folder"]), parts=tuple(source["parts"]))
+
+        def undo() -> None:
+            assert self._opened is not None and self._saver is not None
             record(state.progress)
             set_aside_after(self._layout, step=to_step, record=self._record_moved)
             self._saver.rewind(to_step)
+
+        on_main_rank(undo, world=self._world)
         self._restore(state)
         return fitting_scale(state.progress, precision=self._config.train.precision)
 
-    def _check(
-        self, folder: Path | None, *, to_step: int, gone: Callable[[str], MilepostError]
-    ) -> None:
-        """What the main rank sees to before anything is changed."""
+    def _source(self, to_step: int) -> dict[str, Any]:
+        """What is read again, verified: {"folder", "parts"}, a folder of None for the first
+        weights, or {"gone"} in words; the main rank's work.
+        """
         assert self._opened is not None and self._saver is not None
         with contextlib.suppress(DivergedError):  # of a step that is undone now
             self._saver.finish()
-        begins_elsewhere = _begins_elsewhere(self._opened)
-        if folder is None and begins_elsewhere:
-            raise gone(", and the run began with weights that are not its own first ones")
-        if folder is None:
-            return
-        if not (folder / STATE_FOLDER).is_dir():
-            raise gone(f", and step {to_step} has no train state to roll back to")
+        own, origin = self._layout.checkpoint(to_step), self._opened.origin
         try:
-            verify_checkpoint(folder, run_id=self._opened.manifest.run_id, step=to_step)
+            if to_step == self.first_step and origin is not None:
+                return {"folder": str(open_parent(origin).folder), "parts": origin.parts}
+            if to_step == 0 and "imported_from" not in self._opened.manifest.lineage:
+                return {"folder": None, "parts": PARTS}
+            if not (own / STATE_FOLDER).is_dir():
+                return {"gone": f", and step {to_step} has no train state to roll back to"}
+            verify_checkpoint(own, run_id=self._opened.manifest.run_id, step=to_step)
         except CheckpointError as error:
-            raise gone(
-                f", and the checkpoint to roll back to is damaged: {error.message}"
-            ) from error
+            return {"gone": f", and what to roll back to cannot be used: {error.message}"}
+        return {"folder": str(own), "parts": PARTS}
 
     def _first_state(self) -> TrainState:
         """The state before the first update, made anew."""
@@ -138,9 +150,3 @@ class Rewinder:
         self._opened.events.append(
             "checkpoint_quarantined", step=step, path=str(place), reason=reason
         )
-
-
-def _begins_elsewhere(opened: OpenedRun) -> bool:
-    """Whether the run's step 0 is not what a subject makes: an import, or another run's."""
-    is_import = any(not e.get("segment") for e in opened.history.of_kind("checkpoint_saved"))
-    return is_import or "from" in opened.manifest.lineage

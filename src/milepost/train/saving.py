@@ -40,6 +40,7 @@ class CheckpointWriter:
         good_step: the newest step whose train state is known to be whole, as it was verified at
             the start or written by this process; 0 where there is none. Retention keeps it.
         keeps_for_rollback: whether retention keeps what a rollback may need, beside the rest.
+        first_step: that the run began at.
     """
 
     layout: RunLayout
@@ -50,6 +51,7 @@ class CheckpointWriter:
     good_step: int
     weights_file: str = MODEL_FILE
     keeps_for_rollback: bool = False
+    first_step: int = 0
 
     def write(self, state: TrainState, *, waited_seconds: float) -> None:
         """Writes a checkpoint, records it, then drops what retention says.
@@ -84,6 +86,7 @@ class CheckpointWriter:
             keep=self.config.keep_train_state,
             every_steps=self.config.keep_train_state_every_steps,
             scheduled=self.config.every_steps if self.keeps_for_rollback else None,
+            first_step=self.first_step,
             record=lambda step: self.events.append_durably("train_state_dropped", step=step),
         )
 
@@ -191,6 +194,10 @@ class Saver:
             if self._mark is not None:
                 with contextlib.suppress(OSError):
                     self._mark.unlink()
+
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._writing is not None and not self._writing.done()
 
     def raise_failure(self, progress: Progress) -> None:
         """Raises what went wrong with a save that has ended by now; does not wait."""

@@ -191,7 +191,8 @@ def collect(run: Path) -> Trajectory:
     lines, num_bad_lines = read_json_lines(layout.evaluations)
     records = [line for line in lines if isinstance(line.get("key"), str) and "run_id" in line]
     own, left_out = _own_records(records, layout=layout, run_id=manifest.run_id)
-    benchmarks, num_empty = series_of(own)
+    undone = _undone(history.events, present.events)
+    benchmarks, num_empty = series_of(_without(own, undone))
     bad = {
         layout.events.name: history.num_bad_lines + num_foreign,
         layout.evaluations.name: num_bad_lines + len(lines) - len(records) + num_empty,
@@ -209,12 +210,12 @@ def collect(run: Path) -> Trajectory:
         left_out_scores=left_out,
         segments=segments_of(history.events),
         checkpoints=_checkpoints(history.events),
-        samples=samples,
+        samples=_without(samples, undone),
         num_bad_lines={name: count for name, count in bad.items() if count},
         other_events=_other_events(history.events),
         batches=_batches(present.of_kind("step")),
         refused=refused_of(history.events),
-        probes=probes,
+        probes=_without(probes, undone),
         answers=answers,
         exact_answers=exact_answers,
         answers_problem=answers_problem,
@@ -257,6 +258,36 @@ def _own_records(
     whole_ones = [record for record in own.values() if store.is_whole(record)]
     num_foreign = sum(record["run_id"] != run_id for record in records)
     return whole_ones, LeftOut(num_foreign, len(own) - len(whole_ones))
+
+
+_NAMED_BY = (
+    ("checkpoint_saved", "sha256", "checkpoint_sha256"),
+    ("evaluation", "key", "key"),
+    ("sample", "sample_id", "sample_id"),
+)
+"""Kind of event, its field, and the field of the records that it names."""
+
+
+def _undone(events: Sequence[Event], present: Sequence[Event]) -> set[tuple[str, str]]:
+    """What records are known by that a rollback undid: field and value, of no present event."""
+
+    def named(found: Sequence[Event]) -> set[tuple[str, str]]:
+        fields = {kind: (field, record_field) for kind, field, record_field in _NAMED_BY}
+        known = ((fields[e["kind"]], e) for e in found if e["kind"] in fields)
+        return {(record_field, str(event.get(field))) for (field, record_field), event in known}
+
+    return named(events) - named(present)
+
+
+def _without(
+    records: Sequence[dict[str, Any]], undone: set[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    fields = [record_field for *_, record_field in _NAMED_BY]
+    return [
+        record
+        for record in records
+        if not any((field, str(record.get(field))) in undone for field in fields)
+    ]
 
 
 def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:

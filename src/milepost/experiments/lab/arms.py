@@ -8,7 +8,7 @@ from milepost.config.schema import Config
 from milepost.core.errors import MilepostError, UsageError
 from milepost.data.run_data import open_run_data
 from milepost.experiments.lab.setting import Setting
-from milepost.runs.lineage import FULL
+from milepost.runs.lineage import DATA, FULL, SCHEDULE, parse_restore
 from milepost.train.installed import check_optimizer
 
 FULL_ARM = "full"
@@ -44,9 +44,14 @@ class Arm:
     keeps_bits: bool = False
     has_other_text: bool = False
 
+    @property
+    def has_other_batches(self) -> bool:
+        """Whether it sees other batches than the parent at the same place."""
+        return DATA not in parse_restore(self.restore)
+
     def first_step(self, setting: Setting) -> int:
         """Its own number of the step it begins at."""
-        return setting.at if "schedule" in self.restore or self.restore == FULL else 0
+        return setting.at if SCHEDULE in parse_restore(self.restore) else 0
 
     def last_step(self, setting: Setting) -> int:
         """Its own number of the step it ends at."""

@@ -12,12 +12,12 @@ from milepost.experiments.lab.measures import (
     NOISE_DEVIATIONS,
     Curve,
     difference,
-    noise_of,
+    noise_between,
     smoothed,
 )
-from milepost.experiments.lab.results import STEP_WIDTH, ArmResult, Results
+from milepost.experiments.lab.results import ArmResult, Results, width_of
 from milepost.experiments.lab.wording import name_of, unit_of
-from milepost.runs.metric_names import GRAD_NORM, TRAIN_LOSS, VAL_LOSS
+from milepost.runs.metric_names import VAL_LOSS
 from milepost.trajectory.figures.drawing import PLACEHOLDERS, Frame, draw_svg, tick_text
 from milepost.trajectory.figures.strokes import LOOKS, Look
 
@@ -43,11 +43,6 @@ class Overlay:
     svg: str
     key: list[tuple[str, Look]]
     seed: int
-
-
-def width_of(metric: str) -> int:
-    """Steps that a metric's curve is averaged over."""
-    return STEP_WIDTH if metric in (TRAIN_LOSS, GRAD_NORM) else 1
 
 
 def draw_overlay(results: Results) -> Overlay | None:
@@ -101,11 +96,15 @@ def _panel(found: ArmResult, results: Results, metric: str) -> Panel | None:
         return None
     noise = np.mean(
         [
-            noise_of(results.parents[run.seed].curves[metric].values)
+            noise_between(
+                results.parents[run.seed].curves[metric],
+                width=width_of(metric),
+                are_apart=found.arm.has_other_batches,
+            )
             for run in found.runs
             if metric in results.parents[run.seed].curves
         ]
-    ) / np.sqrt(width_of(metric))
+    )
     limit = NOISE_DEVIATIONS * float(noise)
     mean = _mean_curve(curves)
     told = (

@@ -15,7 +15,7 @@ from milepost.experiments.lab.arms import all_arms, arms_begun, choose_arms
 from milepost.experiments.lab.page import write_page
 from milepost.experiments.lab.results import Results, collect_results
 from milepost.experiments.lab.running import train_all
-from milepost.experiments.lab.setting import Setting, open_folder
+from milepost.experiments.lab.setting import Setting, open_folder, read_setting
 
 
 class NotExact(MilepostError):
@@ -74,6 +74,18 @@ def run_laboratory(setting: Setting, *, only: str | None) -> Finished:
     finished = Finished(results, setting.report, left_out, time.monotonic() - started)
     _refuse_other_bits(finished)
     return finished
+
+
+def report_laboratory(out: Path) -> Results:
+    """Writes the report of what is done by now, also while the laboratory is at work.
+
+    Raises:
+        UsageError: the folder holds no laboratory.
+    """
+    setting = read_setting(out)
+    results = collect_results(setting, arms_begun(setting))
+    write_page(results, left_out={})
+    return results
 
 
 def _refuse_other_bits(finished: Finished) -> None:

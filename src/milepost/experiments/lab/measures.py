@@ -16,6 +16,10 @@ from milepost.trajectory.statistics.bootstrap import Interval
 NOISE_DEVIATIONS = 2.0
 """A curve is back in the noise where it is no more than so many deviations above the parent's."""
 
+HELD_VALUES = 10
+"""So many values in a row must be back (of a short curve a quarter): of hundreds of values a few
+are outside by noise alone, so that the last one outside says nothing."""
+
 END_FRACTION = 0.1
 """The last part of the steps, whose mean difference is the difference at the end."""
 
@@ -45,9 +49,10 @@ class Measure:
             which is zero unless they are measured on other text.
         spike: highest difference from the parent, in the metric's unit.
         spike_step: updates after the restart at which it lay.
-        noise: standard deviation of the parent's own curve from one value to the next.
+        noise: standard deviation that the difference would have by noise alone.
         spike_z: the spike in those; None where the parent has no noise.
-        recovered_after: updates until the curve was back in the noise to stay; None: not yet.
+        recovered_after: updates until the curve was back in the noise after its spike; None: it
+            was not.
         end: mean difference over the last tenth.
         is_equal: whether every value is the parent's, bit for bit.
     """
@@ -103,19 +108,32 @@ def difference(arm: Curve, parent: Curve) -> Curve:
     return Curve(steps, arm.values[ours] - parent.values[theirs])
 
 
-def measure(arm: Curve, parent: Curve, *, width: int) -> Measure | None:
+def noise_between(parent: Curve, *, width: int, are_apart: bool) -> float:
+    """The standard deviation that an arm's difference from its parent has by noise alone.
+
+    Args:
+        parent: of the run that was not interrupted.
+        width: values that are averaged, taken as independent.
+        are_apart: whether arm and parent see other batches, so that both of them add noise; of
+            the same batches much of it cancels, and one curve's is more than there is.
+    """
+    of_one = noise_of(parent.values) / math.sqrt(width)
+    return of_one * math.sqrt(2) if are_apart else of_one
+
+
+def measure(arm: Curve, parent: Curve, *, width: int, noise: float) -> Measure | None:
     """Compares two curves; None where they have no place in common.
 
     Args:
         arm: of the restart.
         parent: of the run that was not interrupted.
         width: values that are averaged first, so that one noisy value is no spike.
+        noise: see `noise_between`.
     """
     raw = difference(arm, parent)
     if not len(raw.steps):
         return None
     both = smoothed(raw, width=width)
-    noise = noise_of(parent.values) / math.sqrt(width)
     top = int(np.argmax(both.values))
     spike = float(both.values[top])
     last = max(1, round(END_FRACTION * len(raw.steps)))
@@ -125,19 +143,22 @@ def measure(arm: Curve, parent: Curve, *, width: int) -> Measure | None:
         spike_step=int(both.steps[top]),
         noise=noise,
         spike_z=spike / noise if noise else None,
-        recovered_after=_recovered_after(both, limit=NOISE_DEVIATIONS * noise),
+        recovered_after=_recovered_after(both, top=top, limit=NOISE_DEVIATIONS * noise),
         end=float(raw.values[-last:].mean()),
         is_equal=not np.any(raw.values),
     )
 
 
-def _recovered_after(above: Curve, *, limit: float) -> int | None:
-    """The first step from which the difference stays at most `limit`."""
-    outside = np.flatnonzero(above.values > limit)
-    if not len(outside):
+def _recovered_after(above: Curve, *, top: int, limit: float) -> int | None:
+    """The first step after the spike from which `HELD_VALUES` are at most `limit`."""
+    is_back = above.values <= limit
+    if is_back[top]:
         return 0
-    first_back = int(outside[-1]) + 1
-    return int(above.steps[first_back]) if first_back < len(above.steps) else None
+    held = min(HELD_VALUES, max(1, len(is_back) // 4))
+    for place in range(top + 1, len(is_back) - held + 1):
+        if is_back[place : place + held].all():
+            return int(above.steps[place])
+    return None
 
 
 def mean_of(values: list[float]) -> Mean:

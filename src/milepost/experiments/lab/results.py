@@ -11,9 +11,16 @@ import numpy as np
 from milepost.checkpoint.store import MODEL_FILE, read_checkpoint_manifest
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.experiments.lab.arms import Arm
-from milepost.experiments.lab.measures import Curve, Mean, Measure, mean_of, measure
+from milepost.experiments.lab.measures import (
+    Curve,
+    Mean,
+    Measure,
+    mean_of,
+    measure,
+    noise_between,
+)
 from milepost.experiments.lab.running import Job, jobs_of, status_of
-from milepost.experiments.lab.setting import Setting
+from milepost.experiments.lab.setting import PARENT, Setting
 from milepost.runs.events import History, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.metric_names import (
@@ -40,9 +47,10 @@ class RunResult:
         status: see `running.status_of`.
         last_step: updates after the restart that are logged.
         curves: by metric; higher is worse in all of them, scores are errors.
-        measures: against the parent; empty for the parent itself.
-        has_parents_bits: whether log and weights are the parent's, bit for bit; None where the
-            run is not done.
+        measures: against the parent; empty for the parent itself, and for an arm that diverged:
+            what it had before is no measure of it.
+        has_parents_bits: whether log and weights are the parent's, bit for bit; None where they
+            need not be.
     """
 
     seed: int
@@ -77,6 +85,11 @@ class ArmResult:
         """Mean of the differences at the end."""
         return _mean([found.end for found in self.measures(metric)])
 
+    def spike_z(self, metric: str) -> float | None:
+        """Mean of the highest differences in deviations of the noise; None without noise."""
+        found = [one.spike_z for one in self.measures(metric) if one.spike_z is not None]
+        return sum(found) / len(found) if found else None
+
     @property
     def num_diverged(self) -> int:
         """Seeds that diverged."""
@@ -91,7 +104,8 @@ class Results:
         parents: by seed; those of all seeds that were asked for and have begun.
         arms: in their order; those with at least one run that is done or diverged.
         metrics: that any parent has, the validation loss first.
-        num_runs, num_done: of the laboratory as it was asked for.
+        num_runs, num_done: of the laboratory as it was asked for; without the arms of a parent
+            that diverged, which nothing can be measured against.
     """
 
     setting: Setting
@@ -100,6 +114,11 @@ class Results:
     metrics: list[str]
     num_runs: int
     num_done: int
+
+    @property
+    def lost_seeds(self) -> list[int]:
+        """Seeds whose parent diverged."""
+        return [seed for seed, run in self.parents.items() if run.status == "diverged"]
 
     def of(self, name: str) -> ArmResult | None:
         """The arm of that name; None where nothing of it is there."""
@@ -114,7 +133,7 @@ def collect_results(setting: Setting, arms: Sequence[Arm]) -> Results:
     """
     parents: dict[int, RunResult] = {}
     by_arm: dict[str, list[RunResult]] = {arm.name: [] for arm in arms}
-    num_done = 0
+    num_done, num_runs = 0, setting.num_seeds * (1 + len(arms))
     for seed in setting.seeds:
         parent_job, *arm_jobs = jobs_of(setting, arms, seed=seed)
         parent = _read(parent_job, setting, parent=None)
@@ -122,6 +141,9 @@ def collect_results(setting: Setting, arms: Sequence[Arm]) -> Results:
             continue
         parents[seed] = parent
         num_done += 1
+        if parent.status == "diverged":
+            num_runs -= len(arms)
+            continue
         for job in arm_jobs:
             if (result := _read(job, setting, parent=parent)) is not None:
                 by_arm[job.name].append(result)
@@ -129,8 +151,12 @@ def collect_results(setting: Setting, arms: Sequence[Arm]) -> Results:
     found = [ArmResult(arm, by_arm[arm.name]) for arm in arms if by_arm[arm.name]]
     known = {name for parent in parents.values() for name in parent.curves}
     metrics = [*(name for name in METRICS if name in known), *sorted(known - set(METRICS))]
-    num_runs = setting.num_seeds * (1 + len(arms))
     return Results(setting, parents, found, metrics, num_runs, num_done)
+
+
+def width_of(metric: str) -> int:
+    """Steps that a metric's curve is averaged over."""
+    return STEP_WIDTH if metric in (TRAIN_LOSS, GRAD_NORM) else 1
 
 
 def _mean(values: list[float]) -> Mean | None:
@@ -147,15 +173,16 @@ def _read(job: Job, setting: Setting, *, parent: RunResult | None) -> RunResult 
     history = read_history(RunLayout(job.run).events)
     curves = _curves(history, begin=begin)
     measures: dict[str, Measure] = {}
-    if parent is not None:
+    if job.arm is not None and parent is not None and status == "done":
         for name, curve in curves.items():
             if name in parent.curves:
-                width = STEP_WIDTH if name in (TRAIN_LOSS, GRAD_NORM) else 1
-                found = measure(curve, parent.curves[name], width=width)
+                theirs, width = parent.curves[name], width_of(name)
+                noise = noise_between(theirs, width=width, are_apart=job.arm.has_other_batches)
+                found = measure(curve, theirs, width=width, noise=noise)
                 measures |= {} if found is None else {name: found}
     equal = None
-    if job.arm is not None and job.arm.keeps_bits and status == "done":
-        equal = _has_parents_bits(job, setting, history=history)
+    if job.arm is not None and job.arm.keeps_bits:
+        equal = status == "done" and _has_parents_bits(job, setting, history=history)
     return RunResult(job.seed, job.arm, status, last - begin, curves, measures, equal)
 
 
@@ -194,7 +221,7 @@ def _curve(values: dict[int, float], *, begin: int, first: int) -> Curve:
 
 def _has_parents_bits(job: Job, setting: Setting, *, history: History) -> bool:
     """Whether every logged step and the last weights are the parent's."""
-    parent = RunLayout(setting.run("parent", seed=job.seed))
+    parent = RunLayout(setting.run(PARENT, seed=job.seed))
     theirs, ours = (h.latest_by_step("step") for h in (read_history(parent.events), history))
     for step in range(job.first_step + 1, job.last_step + 1):
         then, now = theirs.get(step, {}), ours.get(step)

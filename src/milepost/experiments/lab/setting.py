@@ -5,7 +5,7 @@ All of it is checked here, before anything is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from milepost.config.recipe import differences, load_recipe
@@ -21,6 +21,7 @@ STEPS_AFTER = 300
 
 FEWEST_STEPS_AFTER = 20
 MAX_SEEDS = 10
+_PLAN, _RECIPE = "lab.json", "recipe.toml"
 PARENT = "parent"
 """The name of the run that was never interrupted, among those of the arms."""
 
@@ -58,12 +59,12 @@ class Setting:
     @property
     def recipe(self) -> Path:
         """The recipe file that every run of the laboratory is made with."""
-        return self.out / "recipe.toml"
+        return self.out / _RECIPE
 
     @property
     def plan(self) -> Path:
         """What the folder is the laboratory of."""
-        return self.out / "lab.json"
+        return self.out / _PLAN
 
     @property
     def report(self) -> Path:
@@ -141,6 +142,34 @@ def open_folder(setting: Setting) -> None:
     write_atomically(setting.recipe, recipe_toml(setting.config))
     plan = {"v": SCHEMA_VERSION, "recipe": setting.name}
     write_json(setting.plan, plan | {"at": setting.at, "steps_after": setting.steps_after})
+
+
+def read_setting(out: Path) -> Setting:
+    """The laboratory that a folder holds, with the seeds that have begun.
+
+    Raises:
+        UsageError: it holds none.
+        CheckpointError: its plan is damaged.
+    """
+    plan_file = out / _PLAN
+    if not plan_file.is_file():
+        raise UsageError(
+            f"{out} is not the folder of a laboratory: it has no {_PLAN}",
+            hint="give the folder that was named with --out",
+        )
+    plan = read_json(plan_file, error=CheckpointError)
+    config = load_recipe(str(out / _RECIPE))
+    try:
+        name, at, steps_after = str(plan["recipe"]), int(plan["at"]), int(plan["steps_after"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{plan_file} lacks {error}") from error
+    setting = Setting(out.resolve(), name, config, at, steps_after, num_seeds=MAX_SEEDS)
+    begun = [
+        n
+        for n, seed in enumerate(setting.seeds, start=1)
+        if setting.run(PARENT, seed=seed).is_dir()
+    ]
+    return replace(setting, num_seeds=max(begun, default=1))
 
 
 def _refuse_another(setting: Setting) -> None:

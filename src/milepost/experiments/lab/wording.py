@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milepost.experiments.lab.measures import Mean, Measure
+from milepost.experiments.lab.measures import HELD_VALUES, NOISE_DEVIATIONS, Mean, Measure
 from milepost.experiments.lab.results import STEP_WIDTH, ArmResult, Results
 from milepost.runs.metric_names import GRAD_NORM, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.sections.text_table import Column, TextTable, numbers
@@ -12,8 +12,11 @@ from milepost.trajectory.sections.wording import (
     NONE,
     benchmark_of,
     capitalized,
+    enumerate_words,
     interval_words,
     metric_words,
+    plain,
+    plural,
     signed,
 )
 from milepost.trajectory.statistics.bootstrap import Interval
@@ -40,8 +43,8 @@ def name_of(metric: str) -> str:
 
 
 def answer(results: Results) -> list[str]:
-    """What the laboratory says, three sentences at most; fewer where arms are missing."""
-    told = [_exact(results), _moments(results), _authors(results)]
+    """What the laboratory says, a few sentences; fewer where arms are missing."""
+    told = [_exact(results), _moments(results), _authors(results), _diverged(results)]
     return [sentence for sentence in told if sentence]
 
 
@@ -71,16 +74,25 @@ def _moments(results: Results) -> str:
     found = results.of("moments")
     if found is None or (spike := found.spike(VAL_LOSS)) is None:
         return ""
-    told = (
-        f"Losing the optimizer's moments alone moves the validation loss by {_mean(spike)} nats "
-        f"at the worst, {_recovery(found.measures(VAL_LOSS), results)}"
-    )
+    z = found.spike_z(VAL_LOSS)
+    if z is not None and z <= NOISE_DEVIATIONS:
+        told = (
+            "Losing the optimizer's moments alone does not show in the validation loss: "
+            f"{_mean(spike)} nats at the worst, which is within the noise"
+        )
+    else:
+        told = (
+            f"Losing the optimizer's moments alone moves the validation loss by {_mean(spike)} "
+            f"nats at the worst, {_recovery(found.measures(VAL_LOSS), results)}"
+        )
     end = found.end(VAL_LOSS)
     if end is not None:
         told += f"; at the end it stands {_mean(end)} nats from the parent's"
     anew = results.of("warmup")
     if anew is not None and (other := anew.spike(VAL_LOSS)) is not None:
         told += f"; with a new warm-up the worst is {_mean(other)}"
+        if (end := anew.end(VAL_LOSS)) is not None:
+            told += f", the end {_mean(end)}"
     return told + "."
 
 
@@ -102,12 +114,30 @@ def _authors(results: Results) -> str:
     return f"{told}; alone, {', '.join(parts)}." if parts else f"{told}."
 
 
+def _diverged(results: Results) -> str:
+    parts = [
+        f"{arm.arm.title.lower()}: {_of(arm.num_diverged, len(arm.runs), 'seed')}"
+        for arm in results.arms
+        if arm.num_diverged
+    ]
+    told = (
+        [f"Restarts that diverged: {'; '.join(parts)}. Means are of the others."] if parts else []
+    )
+    if lost := results.lost_seeds:
+        seeds = enumerate_words([str(seed) for seed in lost])
+        told.append(
+            f"The parent of {'seed' if len(lost) == 1 else 'seeds'} {seeds} diverged itself, so "
+            "that there is nothing to hold a restart against."
+        )
+    return " ".join(told)
+
+
 def separated(results: Results) -> TextTable | None:
     """What the paper could not tell apart, each alone."""
     rows = []
     for cause, name in _CAUSES.items():
         found = results.of(name)
-        if found is None or not found.measures(VAL_LOSS):
+        if found is None or not (found.measures(VAL_LOSS) or found.num_diverged):
             continue
         rows.append(
             (
@@ -127,7 +157,7 @@ def separated(results: Results) -> TextTable | None:
             "At the end\nnats",
         ),
     )
-    caption = "Validation loss, each cause alone"
+    caption = "Validation loss, each cause alone, then together"
     return TextTable(caption, columns, tuple(rows), is_plain=True) if rows else None
 
 
@@ -137,6 +167,7 @@ _CAUSES = {
     "Data order": "data",
     "Validation set": "validation",
     "Hardware (1 to 2 ranks)": "ranks",
+    "State, schedule and set together": "authors",
 }
 
 
@@ -158,8 +189,7 @@ def table_of(results: Results, metric: str) -> TextTable:
 
 
 def _row(found: ArmResult, metric: str, results: Results) -> tuple[str, ...]:
-    measures = found.measures(metric)
-    zs = [one.spike_z for one in measures if one.spike_z is not None]
+    z = found.spike_z(metric)
     checked = [run.has_parents_bits for run in found.runs if run.has_parents_bits is not None]
     bits = f"{sum(checked)} of {len(checked)}" if checked else NONE
     diverged = _of(found.num_diverged, len(found.runs), "seed")
@@ -167,7 +197,7 @@ def _row(found: ArmResult, metric: str, results: Results) -> tuple[str, ...]:
     return (
         title,
         _cell(found.spike(metric)),
-        f"{sum(zs) / len(zs):.1f}" if zs else NONE,
+        NONE if z is None else plain(z, decimals=1),
         _recovery_cell(found, metric),
         _cell(found.end(metric)),
         bits,
@@ -180,12 +210,13 @@ def _decimals(value: float) -> int:
 
 
 def _mean(mean: Mean) -> str:
-    """'+0.123 (95 %: 0.08 to 0.16)'."""
+    """'+0.123 (95 %: 0.08 to 0.16)'; an interval that holds zero is said to."""
     decimals = _decimals(mean.value)
     told = signed(mean.value, decimals=decimals)
     if (interval := _shown(mean.interval)) is None:
         return told
-    return f"{told} (95 %: {interval_words(interval, decimals=decimals)})"
+    unclear = ", not told apart from zero" if interval.holds(0.0) else ""
+    return f"{told} (95 %: {interval_words(interval, decimals=decimals)}{unclear})"
 
 
 def _shown(interval: Interval | None) -> Interval | None:
@@ -215,12 +246,18 @@ def _recovery(measures: Sequence[Measure], results: Results) -> str:
 
 
 def _recovery_cell(found: ArmResult, metric: str) -> str:
-    measures = found.measures(metric)
-    if not measures or (found.arm.has_other_text and metric == VAL_LOSS):
+    if found.arm.has_other_text and metric == VAL_LOSS:
         return NONE
     return ", ".join(
-        "never" if one.recovered_after is None else f"{one.recovered_after:,}" for one in measures
+        _recovered(run.measures.get(metric)) if run.status == "done" else run.status
+        for run in found.runs
     )
+
+
+def _recovered(found: Measure | None) -> str:
+    if found is None:
+        return NONE
+    return "never" if found.recovered_after is None else f"{found.recovered_after:,}"
 
 
 def method(results: Results) -> list[str]:
@@ -233,9 +270,12 @@ def method(results: Results) -> list[str]:
         f"the parent's checkpoint of step {setting.at:,} and trains {setting.steps_after:,} steps; "
         "each is a run folder of its own, made with milepost train.",
         "Differences are paired: an arm less its parent, at the same step and the same seed. Peak: "
-        f"the highest difference; training loss and {name_of(GRAD_NORM)} are means of {STEP_WIDTH} "
-        "steps. Noise: the standard deviation of the parent's own curve from one value to the "
-        "next. Back in the noise: from then on no more than two such deviations above the parent. "
+        f"the highest difference; training loss and {name_of(GRAD_NORM)} are means of the last "
+        f"{STEP_WIDTH} steps (of fewer at first). Noise: the standard deviation of the parent's "
+        "own curve from one value to the next; times the square root of two where the arm sees "
+        "other batches, since then both curves add theirs. Back in the noise: the first step after "
+        f"the peak from which {HELD_VALUES} values in a row (of a short curve a quarter) are no "
+        "more than two such deviations above the parent; 0 where the peak itself is not. "
         "At the end: the mean over the last tenth of the steps.",
         "The peak is a maximum, so that noise alone makes it greater than zero: read it beside its "
         "deviations.",
@@ -244,10 +284,18 @@ def method(results: Results) -> list[str]:
         told.append(
             "An arm that is measured on other text stands off the parent from the checkpoint "
             "itself on, with the same weights: no way back into the parent's noise is given for it."
+            " Whether it stands above or below is chance: it is how hard that text is. All seeds "
+            "have the same, so that their interval says nothing of yet another text."
+        )
+    if any(found.arm.has_other_batches for found in results.arms):
+        told.append(
+            "Where the data begin anew, the arm trains on text that its weights have seen: a lower "
+            "training loss is memory, and only the validation loss tells what was gained or lost."
         )
     if seeds > 1:
         told.append(
-            f"Intervals are those of Student's t over {seeds} seeds, 95 %. With so few they are "
+            f"Intervals are those of Student's t over {seeds} seeds "
+            f"({plural(seeds - 1, 'degree')} of freedom), 95 %. With so few they are "
             "wide: they say where the mean lies, not that an effect is absent."
         )
     else:
