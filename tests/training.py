@@ -217,7 +217,7 @@ def validations(run: Path) -> dict[int, str]:
     return {event["step"]: event["loss_nats"].hex() for event in events(run, "validation")}
 
 
-def wait_for_step(run: Path, step: int, *, timeout: float = 60) -> None:
+def wait_for_step(run: Path, step: int, *, timeout: float = 180) -> None:
     """Returns as soon as the history holds a step at least as late."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
