@@ -28,6 +28,7 @@ class Finished:
 
     Attributes:
         left_out: arms that this machine cannot train, with the reason.
+        seconds: of this command, which may have found some runs done.
     """
 
     results: Results
@@ -106,4 +107,5 @@ def _refuse_other_bits(finished: Finished) -> None:
 def in_words(finished: Finished) -> str:
     """One line for the end of the command."""
     runs = f"{finished.results.num_done} of {finished.results.num_runs} runs"
-    return f"{runs}; {format_duration(finished.seconds)}; report: {finished.report}"
+    took = format_duration(finished.seconds)  # of this command: earlier ones may have done others
+    return f"{runs}; this command took {took}; report: {finished.report}"

@@ -21,6 +21,7 @@ STEPS_AFTER = 300
 
 FEWEST_STEPS_AFTER = 20
 MAX_SEEDS = 10
+"""As far as the quantiles of `measures` go."""
 _PLAN, _RECIPE = "lab.json", "recipe.toml"
 PARENT = "parent"
 """The name of the run that was never interrupted, among those of the arms."""
