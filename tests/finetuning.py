@@ -129,7 +129,8 @@ class Tuning:
         if "torch._dynamo" in sys.modules:  # a real segment finds nothing compiled
             sys.modules["torch._dynamo"].reset()
         place = Place(rank=0, size=1, local_rank=0, started_by="milepost")
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        handlers = {s: signal.getsignal(s) for s in stops}
         try:
             return train_as_rank(
                 place,

@@ -217,7 +217,7 @@ def validations(run: Path) -> dict[int, str]:
     return {event["step"]: event["loss_nats"].hex() for event in events(run, "validation")}
 
 
-def wait_for_step(run: Path, step: int, *, timeout: float = 60) -> None:
+def wait_for_step(run: Path, step: int, *, timeout: float = 180) -> None:
     """Returns as soon as the history holds a step at least as late."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -273,7 +273,14 @@ def left_beside(run: Path) -> list[str]:
     return [path.name for path in run.parent.iterdir() if "replay" in path.name]
 
 
-def train_here(recipe: Path, run: Path, data: Path, *overrides: str, override: bool = False) -> Any:
+def train_here(
+    recipe: Path,
+    run: Path,
+    data: Path,
+    *overrides: str,
+    override: bool = False,
+    begin_with: Any = None,
+) -> Any:
     """One segment on one rank inside this process: no start-up time, no kill."""
     from milepost.config.recipe import load_recipe
     from milepost.distributed.place import Place
@@ -283,10 +290,16 @@ def train_here(recipe: Path, run: Path, data: Path, *overrides: str, override: b
         sys.modules["torch._dynamo"].reset()
     config = load_recipe(str(recipe), overrides=("--data.path", str(data), *overrides))
     place = Place(rank=0, size=1, local_rank=0, started_by="milepost")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {s: signal.getsignal(s) for s in stops}
     try:
         return train_as_rank(
-            place, config=config, recipe=str(recipe), run=run, may_override=override
+            place,
+            config=config,
+            recipe=str(recipe),
+            run=run,
+            may_override=override,
+            begin_with=begin_with,
         )
     finally:
         for signum, handler in handlers.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import milepost
-from milepost.cli.main import DATA_VERBS, VERBS, build_app, run
+from milepost.cli.main import DATA_VERBS, LAB_VERBS, VERBS, build_app, run
 from milepost.config.problems import field_names
 from milepost.config.recipe import config_from_toml, load_recipe, packaged_recipes
 from milepost.core import errors
@@ -51,7 +51,7 @@ def documented_recipe(name: str) -> str | None:
 def milepost_words(line: str) -> list[str] | None:
     """The words after `./run` or `milepost`; None for another program."""
     words = shlex.split(line, comments=True)
-    while words and re.match(r"^[A-Z_]+=", words[0]):
+    while words[0] == "srun" or re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
     if words[0] == "torchrun":
         words = words[words.index("--") + 1 :]
@@ -104,7 +104,7 @@ def test_links_of_the_page_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_page_names_no_verb_that_is_not_there(page: Path) -> None:
-    known = {*VERBS, "data", *LAUNCHER_WORDS}
+    known = {*VERBS, "data", "lab", *LAUNCHER_WORDS}
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"`(?:milepost|\./run) ([a-z]+)", text))
     assert named <= known, f"{page.relative_to(ROOT)} names {named - known}"
@@ -134,7 +134,12 @@ def test_shown_plans_are_what_the_plan_says(page: Path, capsys: pytest.CaptureFi
             assert line in said, f"{page.relative_to(ROOT)} shows {line!r}"
 
 
-@pytest.mark.parametrize("verb", [*VERBS, *(f"data {verb}" for verb in DATA_VERBS)])
+GROUPS = {"data": DATA_VERBS, "lab": LAB_VERBS}
+
+
+@pytest.mark.parametrize(
+    "verb", [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
+)
 def test_every_verb_has_help_with_an_example_that_parses(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

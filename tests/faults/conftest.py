@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sabotage import Sabotage
 from tests.training import SHIPPED, Course, train_here, write_recipe
 
 LONGER = ("--train.total_steps", "120", "--checkpoint.every_steps", "10")
@@ -51,6 +52,12 @@ def half(stopped: Path, tmp_path: Path) -> Path:
 def course(request: pytest.FixtureRequest) -> Course:
     """Both of them, the shipped one always."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def sabotage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sabotage:
+    """Faults planted into the processes that the test starts."""
+    return Sabotage(tmp_path / "sabotage", monkeypatch)
 
 
 def _course(words: tuple[str, ...], *, data: Path, folder: Path) -> Course:

@@ -366,3 +366,19 @@ def test_a_run_that_a_later_version_wrote_is_refused_with_both_versions(
         short.train_here(half)
     assert "a later one" in str(caught.value.hint)
     assert not (half / "quarantine").exists()
+
+
+def test_a_train_state_from_before_there_were_guards_goes_on_exactly(
+    short: Course, half: Path
+) -> None:
+    folder = half / "checkpoints" / NEWEST
+    place = folder / "train_state" / "state.json"
+    numbers = json.loads(place.read_bytes())
+    for name in ("guards", "data_shift"):
+        del numbers["progress"][name]
+    place.write_text(json.dumps(numbers))
+    approve(folder / "train_state")
+    sha256 = sha256_of_file(folder / "train_state" / "manifest.json")
+    approve(folder, train_state_manifest_sha256=sha256)
+    short.finish(half)
+    assert events(half, "segment_started")[-1]["restored_step"] == 15

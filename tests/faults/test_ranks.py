@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.sabotage import Sabotage
 from tests.training import (
     Course,
     children_of,
     environment,
     events,
     logged_steps,
+    wait_for_children,
     wait_for_step,
     wait_until_gone,
 )
@@ -67,6 +69,8 @@ def test_a_frozen_rank_ends_the_run_after_the_timeout_and_the_run_goes_on_exactl
     assert "guards.collective_timeout_seconds" in talk
     assert f"rank {1 - rank} stood here:\n" in talk
     assert "\n  train/loop.py:" in talk, "from where it waited"
+    assert f"rank {rank} stands here, the newest call first:\n" in talk
+    assert 'train/loop.py", line ' in talk, "where the frozen one stood"
     assert "Traceback" not in talk
     wait_until_gone(ranks)
     plain.finish(run)
@@ -87,6 +91,35 @@ def test_a_rank_that_is_frozen_for_less_than_the_timeout_goes_on(
     plain.check(run)
 
 
+FREEZE_BEFORE_JOINING = """
+module.JOIN_SECONDS = 3
+really = module._meet
+def meet(place):
+    if place.rank == FROZEN:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return really(place)
+module._meet = meet
+"""
+
+
+@pytest.mark.parametrize("frozen", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_rank_that_never_joins_is_given_up_in_words(
+    frozen: int, plain: Course, tmp_path: Path, sabotage: Sabotage
+) -> None:
+    run = tmp_path / "run"
+    body = FREEZE_BEFORE_JOINING.replace("FROZEN", str(frozen))
+    sabotage.patch("milepost.distributed.world", body)
+    process = plain.start(run, "--ranks", "2")
+    ranks = wait_for_children(process.pid, count=2)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"error: rank {1 - frozen} waited for another rank to join, in vain\n" in talk
+    assert "Traceback" not in talk
+    wait_until_gone(ranks)
+    sabotage.remove()
+    plain.finish(run)
+
+
 def test_a_rank_that_fails_says_why_itself_and_the_other_points_to_it(
     plain: Course, tmp_path: Path
 ) -> None:
@@ -105,6 +138,26 @@ def test_a_rank_that_fails_says_why_itself_and_the_other_points_to_it(
     assert "Traceback" not in talk
     wait_until_gone(ranks)
     plain.finish(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--optimizer.weight_decay", "0.2"), "the recipe differs from the run's"),
+        pytest.param(
+            ("--samples.every_steps", "5", "--samples.prompts", '["long ' + "word " * 200 + '"]'),
+            "samples.prompts: ",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_what_the_main_rank_refuses_is_said_once_and_the_other_leaves_in_silence(
+    words: tuple[str, ...], message: str, short: Course, half: Path
+) -> None:
+    done = short.train(half, "--ranks", "2", *words)
+    assert done.returncode == 2, done.stderr
+    assert f"error: {message}" in done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
 
 
 def torchrun(course: Course, run: Path, *, max_restarts: int) -> subprocess.Popen[str]:

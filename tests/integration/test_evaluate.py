@@ -243,6 +243,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     layout = write_tiny_run(tmp_path / "run", 100, 200)
     was_stopped = evaluate_with_harness(
         layout.root,
+        adapter=None,
         tasks=["sky"],
         steps="all",
         limit=2,

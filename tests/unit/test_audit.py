@@ -234,6 +234,19 @@ def test_what_is_found_in_a_folder_is_what_training_would_set_aside(run: Path, n
         verify_checkpoint(folder, run_id=run_id, step=step)
 
 
+def test_a_rollback_in_the_middle_of_which_a_kill_came_is_told_and_is_no_fault(run: Path) -> None:
+    fields = {"to_step": 6, "from_step": 12, "skipped": 9, "rollbacks": 1}
+    append(run, "segment_started", segment=3)
+    append(run, "rolled_back", segment=3, **fields)
+    looked = look(run)
+    assert looked.findings == []
+    assert looked.last_step == 6
+    assert [note for note in looked.notes if "undone by a rollback" in note]
+    for step in (9, 12):
+        shutil.rmtree(checkpoint(run, step))
+    assert look(run).findings == [], "what is set aside is not missing"
+
+
 def test_a_torn_line_is_told_and_is_no_fault(run: Path) -> None:
     with (run / "events.jsonl").open("a") as file:
         file.write('{"v": 1, "kind": "st')

@@ -99,6 +99,17 @@ def test_the_help_says_what_a_newcomer_needs(capsys: pytest.CaptureFixture[str])
     assert "[default: sft-alpaca]" in " ".join(shown.replace("│", "").split())
 
 
+def test_rows_longer_than_the_context_are_refused_without_advice_to_change_the_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = Tuning(tmp_path)
+    given = ["finetune", str(tuning.base), str(tuning.recipe), "--data", str(tuning.data)]
+    words = ["--data.sequence_length", "512", "--train.global_batch_tokens", "2048"]
+    assert run([*given, "--run", str(tmp_path / "run"), *words]) == 2
+    said = capsys.readouterr().err
+    assert "hint: set data.sequence_length to at most 128\n" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

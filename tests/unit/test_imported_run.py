@@ -18,8 +18,11 @@ from milepost.model.init import initialize
 from milepost.model.llama import Llama
 from milepost.posttrain.weight_shards import write_weights
 from milepost.runs.layout import RunLayout
+from milepost.runs.lineage import parse_parent
 from milepost.runs.manifest import read_run_manifest
 from milepost.text.tokenizer import load_tokenizer
+from milepost.trajectory.collect import collect
+from milepost.trajectory.provenance import commands
 from tests.tiny_models import tiny_model, write_model_folder
 from tests.training import logged_steps, train_here, weights_sha256, write_recipe
 
@@ -192,12 +195,38 @@ def test_rows_that_no_token_has_cannot_be_trained_further(
     assert import_(tmp_path / "model") == 0
 
 
-def test_a_run_without_data_says_so_where_it_is_trained(tmp_path: Path, tiny_data: Path) -> None:
+def test_a_run_without_data_says_so_where_it_is_trained(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = load_tokenizer(str(tiny_data / "tokenizer"))
     write_model_folder(tmp_path / "model", tiny_model(vocab_size=512), tokenizer=tokenizer)
     assert import_(tmp_path / "model") == 0
-    with pytest.raises(UsageError, match="was imported without data"):
-        train_here(tmp_path / "run" / "recipe.toml", tmp_path / "run", tiny_data)
+    recipe, made = tmp_path / "run" / "recipe.toml", tmp_path / "run"
+    words = ("--optimizer.learning_rate", "0.5")
+    with pytest.raises(UsageError, match="was imported without data") as refused:
+        train_here(recipe, made, tiny_data, *words)
+    assert f"--from {made} --restore weights" in str(refused.value.hint)
+    capsys.readouterr()
+    assert run(["train", str(recipe), "--run", str(made)]) == 2
+    assert "was imported without data" in capsys.readouterr().err, "not that data.path is missing"
+
+
+def test_a_run_without_data_is_a_parent_of_one_that_has_them(
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_data / "tokenizer"))
+    write_model_folder(tmp_path / "model", tiny_model(vocab_size=512), tokenizer=tokenizer)
+    assert import_(tmp_path / "model") == 0
+    made = tmp_path / "run"
+    assert commands(collect(made), recipe="recipe.toml") == [
+        f"milepost import {tmp_path / 'model'} --run run-again"
+    ]
+    stop = ("--train.stop_at_step", "1", "--train.global_batch_tokens", "384")
+    begin_with = parse_parent(str(made), restore="weights")
+    capsys.readouterr()
+    train_here(made / "recipe.toml", tmp_path / "child", tiny_data, *stop, begin_with=begin_with)
+    told = capsys.readouterr().err
+    assert "restored: weights only" in told and "is not the data of the parent" not in told
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

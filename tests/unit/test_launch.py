@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import milepost
 from milepost.cli.main import run
 from milepost.core.environment import code_version
-from milepost.core.errors import StorageError, UsageError
+from milepost.core.errors import MilepostError, StorageError, UsageError
 from milepost.distributed import launch as launch_module
 from milepost.distributed.devices import count_gpus
 from milepost.distributed.launch import Phrases, _exit_code, _wait_for_all, launch
@@ -60,7 +61,7 @@ def test_a_save_of_the_main_rank_is_waited_for_when_another_rank_has_failed(
     if is_saving:
         mark.touch()
     with StopRequests() as stops:
-        codes = _wait_for_all([main, other], stops=stops, phrases=Phrases(), saving=mark)
+        codes = _wait_for_all([main, other], stops=stops, phrases=Phrases(), marks=tmp_path)
     assert codes == {1: 3, 0: code}
 
 
@@ -108,7 +109,13 @@ HELD_BACK = sum(1 << (signum - 1) for signum in STOP_SIGNALS)
 
 @pytest.mark.parametrize(
     ("sent", "is_requested"),
-    [([], False), ([signal.SIGINT] * 2, False), ([signal.SIGTERM], True), ([signal.SIGHUP], True)],
+    [
+        ([], False),
+        ([signal.SIGINT] * 2, False),
+        ([signal.SIGTERM], True),
+        ([signal.SIGHUP], True),
+        ([signal.SIGUSR1] * 2, True),
+    ],
 )
 def test_a_rank_loses_no_stop_and_what_it_starts_survives_one(
     sent: list[int], is_requested: bool
@@ -220,6 +227,39 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(
     with pytest.raises(UsageError, match="rank 3 needs GPU 3, this machine has 2"):
         with join_world(place, device_type="cuda", timeout_seconds=600):
             pass
+
+
+@pytest.mark.parametrize(
+    ("device_type", "error", "is_ended"),
+    [
+        ("cuda", None, True),
+        ("cuda", StorageError("full"), False),  # the others wait for this one, not for its end
+        ("cuda", RuntimeError("Connection closed by peer"), False),
+        ("cpu", StorageError("full"), True),  # so that the others notice at once
+    ],
+)
+def test_a_rank_on_a_gpu_that_fails_waits_for_no_other_when_it_leaves(
+    device_type: str, error: Exception | None, is_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from milepost.distributed import world
+
+    ended: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(world, "count_gpus", lambda: 0)
+    monkeypatch.setattr(world, "_meet", lambda place: None)
+    monkeypatch.setattr(world.dist, "init_process_group", lambda *words, **more: None)
+    monkeypatch.setattr(world.dist, "new_group", lambda *words, **more: None)
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world.dist, "destroy_process_group", lambda: ended.append(True))
+    place = Place(rank=1, size=2, local_rank=1, started_by="milepost")
+    with contextlib.suppress(MilepostError):
+        with world.join_world(place, device_type=device_type, timeout_seconds=600):
+            if error is not None:
+                raise error
+    assert bool(ended) is is_ended
 
 
 def test_the_ranks_get_the_words_that_run_was_given(

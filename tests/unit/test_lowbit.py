@@ -206,16 +206,42 @@ def test_the_update_is_never_compiled() -> None:
 
 
 @pytest.mark.parametrize(("saved", "wanted"), [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
-def test_moments_of_the_other_optimizer_are_refused_by_name(saved: str, wanted: str) -> None:
-    one, other = Training(saved), Training(wanted)
-    one.update(to=1)
-    with pytest.raises(
-        UsageError, match=f"those of {saved}, optimizer.name is {wanted}$"
-    ) as caught:
-        restore_moments(
-            other.model, optimizer=other.optimizer, moments=one.moments(), num_updates=1
-        )
-    assert f"--optimizer.name {saved}" in str(caught.value.hint)
+def test_moments_of_the_other_optimizer_are_coded_or_decoded(saved: str, wanted: str) -> None:
+    one, other, never = Training(saved), Training(wanted), Training("adamw")
+    for training in (one, never):
+        training.update(to=6)
+    restore_moments(other.model, optimizer=other.optimizer, moments=one.moments(), num_updates=6)
+    other.step = 6
+    assert {n.partition(".")[0] for n in other.moments()} == {
+        n.partition(".")[0] for n in _trained(wanted).moments()
+    }
+    with torch.no_grad():
+        for name, weight in other.weights.items():
+            weight.copy_(never.weights[name])
+    before = {name: tensor.clone() for name, tensor in never.weights.items()}
+    for training in (other, never):
+        training.update(to=7)
+    for name, weight in other.weights.items():
+        moved = (never.weights[name] - before[name]).norm()
+        # Seen: 1.9 % at most, the rounding to 8 bits; moments of zero give 76 % at least.
+        assert (weight - never.weights[name]).norm() < 0.05 * moved, name
+
+
+def _trained(name: str) -> Training:
+    training = Training(name)
+    training.update(to=1)
+    return training
+
+
+def test_coding_is_the_rounding_that_torchao_does_after_an_update() -> None:
+    coded, exact = _trained("adamw8bit"), _trained("adamw")
+    again = Training("adamw8bit")
+    restore_moments(again.model, optimizer=again.optimizer, moments=exact.moments(), num_updates=1)
+    found, expected = again.moments(), coded.moments()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # torchao computes the moment itself in another order: last bits of float32.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize(

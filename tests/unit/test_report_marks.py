@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from milepost.runs.evaluations import EvaluationStore
 from milepost.trajectory.collect import collect
 from milepost.trajectory.course import Course, Curve
 from milepost.trajectory.figures.marks import (
     Span,
     marks_in_words,
     marks_of,
+    refusals_of,
     spans_in_words,
     spans_of,
 )
 from milepost.trajectory.figures.scale import StepPlaces, scale_of
 from milepost.trajectory.opening import subject_of_run
+from milepost.trajectory.refused import refused_sentences
 from milepost.trajectory.subject import Subject
 from tests.made_runs import MadeRun, make_run
 
@@ -50,6 +53,72 @@ def test_restarts_and_changes_of_hardware_are_told_apart(tmp_path: Path) -> None
         "Restarted at step 20; hardware changed at steps 10 (2 → 1 rank)"
         " and 30 (1 → 2 ranks, A6000 → H100)."
     )
+
+
+def guarded_run(folder: Path) -> MadeRun:
+    """30 steps, of which 16 to 18 were undone; step 11 was run again after a kill."""
+    made = make_run(folder, total_steps=30)
+    made.start()
+    made.train(1, 10)
+    for _ in range(2):
+        made.append("batch_skipped", step=11, data_step=10, why="not finite", loss_nats=None)
+        made.start(restored_step=10)
+    made.train(11, 18)
+    made.append("guard_warned", guard="spike", step=17, data_step=18, z=9.0)
+    facts = {"first_data_step": 16, "last_data_step": 19, "skipped": 5, "rollbacks": 1}
+    made.append("rolled_back", from_step=18, to_step=15, why="spike", **facts)
+    made.start(restored_step=15)
+    made.train(16, 17, loss_nats=1.0)
+    return made
+
+
+def test_rollbacks_and_skipped_batches_are_marked_and_told_once(tmp_path: Path) -> None:
+    subject = subject_of_run(collect(guarded_run(tmp_path / "run").layout.root))
+    marks = refusals_of(subject)
+    assert [(m.step, m.kind, m.words) for m in marks] == [
+        (15, "rollback", "from 18"),
+        (11, "skip", "skipped"),
+    ]
+    assert marks_in_words(marks) == "Rolled back to step 15 (from 18); batches skipped at step 11."
+    assert subject.run is not None
+    assert refused_sentences(subject.run.refused) == [
+        "One batch was skipped, at step 11 (not finite).",
+        "It rolled back once: from 18 to 15 (spike; 4 batches left out).",
+        "Guards warned of spikes at step 17.",
+    ]
+
+
+def test_samples_and_scores_that_a_rollback_undid_are_not_told_of(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", total_steps=30)
+    made.start()
+    made.train(1, 18)
+    for step in (10, 15):
+        made.save(step)
+        made.sample(step)
+        made.evaluate(step, "piqa", acc=0.5)
+    made.evaluate(18, "arc_easy", acc=0.5, checkpoint_sha256=None)  # as the training itself does
+    newest = list(EvaluationStore(made.layout.root).latest())[-1]
+    made.append("evaluation", step=18, key=newest)
+    made.append("rolled_back", from_step=18, to_step=12, why="spike", skipped=6, rollbacks=1)
+    made.train(13, 14)
+    trajectory = collect(made.layout.root)
+    assert {sample["step"] for sample in trajectory.samples} == {10}
+    scored = [(e.step, s.setting.benchmark) for s in trajectory.benchmarks for e in s.evaluations]
+    assert scored == [(10, "piqa")]
+    made.train(15, 15)
+    made.save(15)  # the same weights in this test, so the same hash
+    assert [e.step for s in collect(made.layout.root).benchmarks for e in s.evaluations] == [10, 15]
+
+
+def test_what_a_rollback_undid_is_on_no_curve_and_is_no_measure_for_a_resume(
+    tmp_path: Path,
+) -> None:
+    run = collect(guarded_run(tmp_path / "run").layout.root)
+    assert run.last_step == 17, "step 18 is of no run that counts"
+    assert dict(run.steps.points("loss_nats"))[16] == 1.0
+    assert run.missing_steps == []
+    assert [segment.replay for segment in run.segments] == [None] * 4
+    assert not run.other_events
 
 
 def test_world_size_of_a_step_is_that_of_the_segment_whose_values_count(tmp_path: Path) -> None:

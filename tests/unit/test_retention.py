@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from milepost.checkpoint.audit import audit
-from milepost.checkpoint.retention import drop_old_train_states
+from milepost.checkpoint.retention import drop_old_train_states, steps_to_drop
 from milepost.config.recipe import load_recipe
 from milepost.config.schema import CheckpointSection
 from milepost.core.errors import CheckpointError, StorageError
@@ -53,6 +53,26 @@ def test_the_last_good_train_state_stays_until_the_next_is_whole(
     assert 3 in run.train_states() and len(run.train_states()) == keep
     if keep == 2:
         assert_equal(run.saved(2), before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "every", "scheduled", "dropped"),
+    [
+        ([3, 7, 10], 1, None, 10, [7]),  # the run began at 3
+        ([3, 7, 10, 20], 1, None, 10, [3, 7]),
+        ([10, 20, 30, 40], 2, None, None, [10, 20]),
+        ([10, 20, 30, 40], 1, None, 10, [10, 20]),
+        ([10, 20, 23, 27], 2, None, 10, []),  # what stops left makes no scheduled one go
+        ([10, 20, 23, 27, 28], 2, None, 10, [23]),
+        ([10, 20, 30, 33], 1, 10, 10, []),
+        ([4, 7], 1, None, 10, [4]),
+    ],
+)
+def test_the_newest_two_scheduled_train_states_stay_for_a_rollback(
+    steps: list[int], keep: int, every: int | None, scheduled: int | None, dropped: list[int]
+) -> None:
+    found = steps_to_drop(steps, keep=keep, every_steps=every, scheduled=scheduled, first_step=3)
+    assert found == dropped
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -18,10 +18,12 @@ from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.state import Progress, TrainState
 from milepost.config.schema import CheckpointSection
 from milepost.core.errors import DivergedError, MilepostError, StorageError
+from milepost.data.shards import open_prepared
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train import loop, saving
 from milepost.train.saving import Saver
+from milepost.train.step import Stepper
 from milepost.train.stop import StopSignal
 from tests.saving_runs import Gate, TinyRun, assert_equal, fail_first
 from tests.training import environment, events, train_here, write_recipe
@@ -46,11 +48,14 @@ def test_what_is_trained_while_a_save_is_written_does_not_reach_the_file(
     run: TinyRun, gate: Gate
 ) -> None:
     first = run.train()
+    assert not run.saver.is_saving()
     run.save(1)
     gate.wait_until_met()
+    assert run.saver.is_saving()
     second = run.train()
     gate.open()
     run.saver.finish()
+    assert not run.saver.is_saving()
     assert_equal(run.saved(1), first)
     run.save(2)
     run.saver.finish()
@@ -125,6 +130,52 @@ def test_a_failed_write_is_raised_where_training_waits_for_it(
     run.save(1)
     with pytest.raises(StorageError, match="no space left"):
         wait(run.saver)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["weights", "moments"])
+def test_a_state_that_is_not_finite_is_never_written(
+    run: TinyRun, place: str, value: float
+) -> None:
+    run.save_all(1)
+    run.train()
+    tensor = next(reversed(list(run.model.parameters())))
+    if place == "moments":
+        tensor = run.optimizer.state[tensor]["exp_avg_sq"]
+    with torch.no_grad():
+        tensor.view(-1)[-1] = value
+    run.save(2)
+    with pytest.raises(DivergedError, match=r"step 2: .*lm_head\.weight is not finite"):
+        run.saver.finish()
+    assert run.recorded("checkpoint_saved") == [1] and run.train_states() == [1]
+    assert [p.name for p in run.layout.checkpoints.iterdir()] == ["step-00000001"]
+
+
+def test_a_weight_that_no_loss_shows_ends_a_run_at_its_next_save(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = tmp_path / "run", open_prepared(tiny_data)
+    assert data.validation is not None
+    used = {int(t) for s in (data.train, data.validation) for t in s.read(0, s.num_tokens)}
+    unused = min(set(range(data.vocab_size)) - used)
+    really = Stepper._update
+
+    def update(self: Stepper, *words: Any) -> None:
+        really(self, *words)
+        if len(events(run, "step")) == 6:
+            embedding = self._optimizer.param_groups[0]["params"][0]
+            assert embedding.shape == (data.vocab_size, 32)
+            with torch.no_grad():
+                embedding[unused, 0] = float("inf")
+
+    monkeypatch.setattr(Stepper, "_update", update)
+    with pytest.raises(DivergedError, match=r"embed_tokens\.weight is not finite") as error:
+        train_here(write_recipe(tmp_path), run, tiny_data)
+    assert error.value.exit_code == 5
+    assert events(run, "step")[-1]["step"] >= 10 and events(run, "batch_skipped") == []
+    assert [event["step"] for event in events(run, "checkpoint_saved")] == [5]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-00000005"]
+    assert events(run, "segment_ended")[-1]["reason"] == "diverged"
 
 
 @pytest.mark.parametrize("error", [None, DivergedError("not finite"), ValueError("a bug")])

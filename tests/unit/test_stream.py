@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milepost.core.errors import DivergedError, UsageError
+from milepost.inference import decoder
 from milepost.inference.decoder import FastDecoder
 from milepost.inference.engine import complete
 from milepost.inference.packed_weight import packed
@@ -52,8 +53,12 @@ def test_a_seed_gives_the_same_draws_and_equal_prompts_differ(tmp_path) -> None:
     assert texts(1)[0] != texts(1)[1]
 
 
+@pytest.mark.parametrize("smallest_screened", [0, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fast_decoder_writes_the_tokens_of_the_model_as_it_lies(dtype) -> None:
+def test_the_fast_decoder_writes_the_tokens_of_the_model_as_it_lies(
+    monkeypatch, dtype, smallest_screened: int
+) -> None:
+    monkeypatch.setattr(decoder, "SMALLEST_SCREENED_BYTES", smallest_screened)
     prompts = [random_ids(length, seed=length).tolist() for length in (3, 9, 9, 1)]
     expected = _tokens(tiny_model(), prompts, compute_dtype=dtype)
     fast = FastDecoder(tiny_model(), compute_dtype=dtype, vocab_size=VOCAB_SIZE)
@@ -95,6 +100,7 @@ def test_the_screened_head_finds_the_largest_logit_where_all_are_negative(vocab_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_products_of_bytes_the_tokens_are_the_same(monkeypatch, dtype) -> None:
+    monkeypatch.setattr(decoder, "SMALLEST_SCREENED_BYTES", 0)
     expected = _tokens(tiny_model(), compute_dtype=dtype)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert ScreenedHead.of(torch.ones(64, 32)) is None

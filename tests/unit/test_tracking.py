@@ -126,6 +126,13 @@ def test_a_tracker_that_can_take_back_keeps_the_later_of_two_that_differ() -> No
     assert told(DIFFERENT, Notebook(can_rewind=True)).losses == [(1, 3.0), (2, 1.5), (3, 1.0)]
 
 
+def test_steps_that_a_rollback_undid_are_taken_back_and_told_anew() -> None:
+    back = event("rolled_back", to_step=1, from_step=2)
+    events = [*REPLAYED[:3], back, step(2, 1.5), started(1), step(2, 1.5)]
+    assert told(events, Notebook(can_rewind=True)).losses == [(1, 3.0), (2, 1.5)]
+    assert told(events, Notebook()).losses == [(1, 3.0), (2, 2.0), (2, 1.5)]
+
+
 def test_a_validation_that_is_not_repeated_stays_though_steps_are_run_again() -> None:
     validation = event("validation", step=2, loss_nats=4.0)
     events = [*REPLAYED[:3], validation, *REPLAYED[3:]]

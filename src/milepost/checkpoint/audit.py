@@ -119,7 +119,7 @@ def audit(
         looked = {step: look for step, look in looked.items() if step not in suspects} | again
     history = read_history(layout.events)
     by_kill, elsewhere = _torn_lines(layout.events) if history.num_bad_lines else ([], [])
-    last = max([*_steps_of(history), *looked], default=0)
+    last = max([*_steps_of(history), *_that_count(looked, history)], default=0)
     found = [finding for step in sorted(looked) for finding in looked[step].findings]
     folders = [folder for _, folder in checkpoint_folders(layout)]
     return Audit(
@@ -243,6 +243,12 @@ def _check_record(
     """A checkpoint against the event of its save."""
     recorded = records.by_step.get(step, Recorded())
     place = _relative(folder, layout)
+    if recorded.is_undone and records.is_open:
+        to.notes.append(
+            f"{place} was undone by a rollback and is about to be set aside; the next start makes "
+            "up for it"
+        )
+        return
     if recorded.sha256 is None or recorded.is_set_aside:
         if records.is_open and step >= records.newest_step:
             to.notes.append(
@@ -279,12 +285,18 @@ def _check_train_state(
 
 def _check_absence(step: int, *, layout: RunLayout, records: Records, to: _Look) -> None:
     recorded = records.by_step[step]
-    if recorded.sha256 is None or recorded.is_set_aside:
+    if recorded.sha256 is None or recorded.is_set_aside or recorded.is_undone:
         return
     path = layout.checkpoint(step)
     what = "is a link, not a folder" if path.is_symlink() else "is missing"
     meaning = "it was saved and never set aside; its weights are lost to the run"
     to.findings.append(Finding(_relative(path, layout), what, meaning))
+
+
+def _that_count(looked: dict[int, _Look], history: History) -> list[int]:
+    """Steps of checkpoints, without those that a rollback undid."""
+    records = records_of(history).by_step
+    return [step for step in looked if not records.get(step, Recorded()).is_undone]
 
 
 def _steps_of(history: History) -> set[int]:

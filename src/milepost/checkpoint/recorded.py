@@ -1,4 +1,4 @@
-"""What a run's history says of its checkpoints: saved, set aside, train state dropped."""
+"""What a run's history says of its checkpoints: saved, set aside, undone, train state dropped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ class Recorded:
         sha256: of its manifest; None where no save is recorded.
         is_set_aside: whether it was moved to the quarantine after that.
         is_dropped: whether its train state was dropped after that.
+        is_undone: whether a rollback undid its step after that; then it is set aside, or about
+            to be.
     """
 
     sha256: str | None = None
     is_set_aside: bool = False
     is_dropped: bool = False
+    is_undone: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Records:
     @property
     def saved_steps(self) -> list[int]:
         """Steps with a recorded save that was not set aside since, ascending."""
-        found = [s for s, r in self.by_step.items() if r.sha256 is not None and not r.is_set_aside]
-        return sorted(found)
+        return sorted(
+            step
+            for step, recorded in self.by_step.items()
+            if recorded.sha256 is not None and not (recorded.is_set_aside or recorded.is_undone)
+        )
 
     @property
     def newest_step(self) -> int:
@@ -48,13 +54,16 @@ class Records:
 
 
 def records_of(history: History) -> Records:
-    """Reads the events of saves, drops and quarantines in file order; the later counts."""
+    """Reads events of saves, drops, quarantines and rollbacks in file order; the later counts."""
     by_step: dict[int, Recorded] = {}
     is_open = False
     for event in history.events:
         kind, step = event.get("kind"), event.get("step")
         if kind in ("segment_started", "segment_ended"):
             is_open = kind == "segment_started" or event.get("reason") == "storage"
+        if kind == "rolled_back" and isinstance(last := event.get("to_step"), int):
+            undone = {s: replace(r, is_undone=True) for s, r in by_step.items() if s > last}
+            by_step |= undone
         if not isinstance(step, int):
             continue
         before = by_step.get(step, Recorded())

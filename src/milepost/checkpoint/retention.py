@@ -20,9 +20,27 @@ class Restorable(NamedTuple):
     sha256: str
 
 
-def steps_to_drop(steps: list[int], *, keep: int, every_steps: int | None) -> list[int]:
-    """Steps whose train state goes: all but the newest `keep` and multiples of `every_steps`."""
+def steps_to_drop(
+    steps: list[int],
+    *,
+    keep: int,
+    every_steps: int | None,
+    scheduled: int | None = None,
+    first_step: int = 0,
+) -> list[int]:
+    """Steps whose train state goes: all but the newest `keep` and multiples of `every_steps`.
+
+    Args:
+        steps: with a train state.
+        keep: the newest that stay; 1 at least.
+        every_steps: multiples of it stay.
+        scheduled: the newest two multiples of it stay too, of which a rollback needs one.
+        first_step: that the run began at; it counts as a multiple.
+    """
     old = sorted(steps)[:-keep]
+    if scheduled is not None:
+        needed = [s for s in sorted(steps) if s % scheduled == 0 or s == first_step][-2:]
+        old = [step for step in old if step not in needed]
     return [step for step in old if every_steps is None or step % every_steps]
 
 
@@ -32,6 +50,8 @@ def drop_old_train_states(
     good_step: int,
     keep: int,
     every_steps: int | None,
+    scheduled: int | None = None,
+    first_step: int = 0,
     record: Callable[[int], None],
 ) -> list[int]:
     """Drops train states by the rule of `steps_to_drop`; weights always stay.
@@ -46,6 +66,8 @@ def drop_old_train_states(
             looked at.
         keep: the newest that stay, that of `good_step` among them; 1 at least.
         every_steps: multiples of it stay too.
+        scheduled: the newest two multiples of it stay too.
+        first_step: that the run began at; it counts as a multiple.
         record: called with each step before its train state goes; on the disk when it returns.
 
     Returns:
@@ -59,12 +81,35 @@ def drop_old_train_states(
         for step, folder in checkpoint_folders(layout)
         if step <= good_step and (folder / STATE_FOLDER).is_dir()
     ]
-    dropped = steps_to_drop(with_state, keep=keep, every_steps=every_steps)
+    dropped = steps_to_drop(
+        with_state, keep=keep, every_steps=every_steps, scheduled=scheduled, first_step=first_step
+    )
     for step in dropped:
         doomed = layout.checkpoints / f".deleted-{STATE_FOLDER}-{step:08d}"
         record(step)
         delete_folder(layout.checkpoint(step) / STATE_FOLDER, doomed=doomed)
     return dropped
+
+
+def set_aside_after(
+    layout: RunLayout, *, step: int, record: Callable[[int, Path, str], None]
+) -> None:
+    """Moves the checkpoints of later steps to the quarantine: a rollback undid those steps.
+
+    A kill on the way leaves some where they are, and the next call moves them.
+
+    Args:
+        layout: the run folder.
+        step: the last one that counts.
+        record: called with step, new place and reason of each that was moved.
+
+    Raises:
+        StorageError: a folder cannot be moved.
+    """
+    for later, folder in checkpoint_folders(layout):
+        if later > step:
+            place = move_aside(folder, folder=layout.quarantine)
+            record(later, place, f"undone by the rollback to step {step}")
 
 
 def newest_restorable(

@@ -319,6 +319,17 @@ def _sha256(path: Path) -> str:
         return sha256_of_file(path)
 
 
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a verified checkpoint, the float32 masters where it has them, on the CPU.
+
+    Raises:
+        CheckpointError: the file is not what it should be.
+        StorageError: it cannot be read.
+    """
+    places = (folder / STATE_FOLDER / "masters.safetensors", folder / ADAPTER_FILE)
+    return read_tensors(next((place for place in places if place.exists()), folder / MODEL_FILE))
+
+
 def load_train_state(folder: Path) -> TrainState:
     """Reads a verified checkpoint with its train state, all tensors on the CPU.
 
@@ -330,15 +341,13 @@ def load_train_state(folder: Path) -> TrainState:
     place = states / "state.json"
     numbers = read_json(place, error=CheckpointError)
     step = read_json(states / MANIFEST, error=CheckpointError)["step"]
-    places = (states / "masters.safetensors", folder / ADAPTER_FILE)
-    weights = next((place for place in places if place.exists()), folder / MODEL_FILE)
     try:
         progress = progress_from_plain(numbers["progress"], where=str(place))
         if progress.step != step:
             raise CheckpointError(f"{place} is of step {progress.step}, its manifest of {step}")
         return TrainState(
             progress=progress,
-            weights=read_tensors(weights),
+            weights=load_weights(folder),
             moments=read_tensors(states / "optimizer.safetensors"),
             optimizer_step=int(numbers["optimizer_step"]),
         )

@@ -46,7 +46,12 @@ DATA_VERBS = {
     "inspect": "Show what is in the shards, and which documents a step saw.",
 }
 
-TAKE_OVERRIDES = ("train", "finetune", "import", "plan")
+LAB_VERBS = {
+    "resume": "Measure what a restart costs, and which part of it costs what.",
+    "report": "Write the report of a laboratory as far as it is.",
+}
+
+TAKE_OVERRIDES = ("train", "finetune", "import", "lab", "plan")
 """Verbs that take `--section.key VALUE`."""
 
 
@@ -70,6 +75,10 @@ def build_app(words: Sequence[str] = ()) -> App:
     for verb, text in DATA_VERBS.items():
         data.command(f"milepost.cli.data:{verb}", name=verb, help=None if verb in words else text)
     app.command(data)
+    lab = App(name="lab", help="Experiments that are more than one run.")
+    for verb, text in LAB_VERBS.items():
+        lab.command(f"milepost.cli.lab:{verb}", name=verb, help=None if verb in words else text)
+    app.command(lab)
     return app
 
 
@@ -90,7 +99,7 @@ def run(words: Sequence[str]) -> int:
         command_line = {"words": given} if "words" in unparsed else {}
         verb(*arguments.args, **arguments.kwargs, **command_line)
     except CycloptsError as error:
-        known = words and words[0] in {*VERBS, "data"}
+        known = words and words[0] in {*VERBS, "data", "lab"}
         program = f"milepost {words[0]}" if known else "milepost"
         say_error(UsageError(str(error), hint=f"see {program} --help"))
         return UsageError.exit_code

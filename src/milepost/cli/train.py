@@ -14,8 +14,9 @@ from milepost.core.errors import MilepostError, StopRequested, UsageError
 if TYPE_CHECKING:
     from milepost.config.schema import Config
     from milepost.distributed.place import Place
+    from milepost.runs.lineage import ParentRequest
 
-OPTIONS = ("run", "ranks", "override", "json", "debug")
+OPTIONS = ("run", "from", "restore", "ranks", "override", "json", "debug")
 """What `train` takes beside overrides, for the hint after a slip of the pen."""
 
 
@@ -31,6 +32,8 @@ def train(
     recipe: str,
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     run: Path,
+    from_: Annotated[str | None, Parameter(name="--from")] = None,
+    restore: str | None = None,
     ranks: int | None = None,
     override: bool = False,
     json: bool = False,
@@ -41,14 +44,22 @@ def train(
     Any field of the recipe can be set: `--section.key VALUE`. Stop with Ctrl-C: the run is
     saved, and the same command goes on as if nothing had happened.
 
+    With --from a new run begins with a checkpoint of another one, and any setting may be changed
+    but the architecture: a decay branch, a rewind, a new schedule.
+
     Example: `milepost train corpus-30m --run runs/first --data.path data/corpus`
 
     Parameters
     ----------
     recipe
-        A packaged recipe (demo, corpus-30m, llama-124m, dmas-1.7b) or a .toml file.
+        A packaged recipe (demo, corpus-30m, lab, llama-124m, dmas-1.7b) or a .toml file.
     run
         The run folder.
+    from_
+        RUN:STEP, a checkpoint of another run that a new run begins with; without STEP its latest.
+    restore
+        What --from takes: full (the default), weights, or weights with some of optimizer,
+        schedule (the step) and data (the place in their order), with commas between.
     ranks
         Processes: one a GPU, or one a CPU core. Default: as many as the lanes can use.
     override
@@ -60,6 +71,7 @@ def train(
     """
     from milepost.distributed.place import read_place
 
+    begin_with = _parent_request(from_, restore)
     place = read_place(os.environ)
     if place is None:
 
@@ -67,7 +79,8 @@ def train(
             from milepost.data.run_data import open_run_data
 
             config = _load_config(recipe, overrides)
-            open_run_data(config)  # so that what is wrong with it is said once
+            _refuse_beginning(run, begin_with)  # so that what is wrong is said once
+            open_run_data(config)
             return config
 
         launch_ranks(load, words=words, ranks=ranks)
@@ -77,7 +90,14 @@ def train(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from milepost.train.rank import train_as_rank
 
-    summary = train_as_rank(place, config=config, recipe=recipe, run=run, may_override=override)
+    summary = train_as_rank(
+        place,
+        config=config,
+        recipe=recipe,
+        run=run,
+        may_override=override,
+        begin_with=begin_with,
+    )
     end_rank(place, summary, json=json)
 
 
@@ -100,6 +120,32 @@ def end_rank(place: Place, summary: dict[str, Any] | None, *, json: bool) -> Non
         show_json(summary)
     if summary["status"] == "stopped" and place.started_by == "milepost":
         raise ChildFailed(StopRequested.exit_code)
+
+
+def _parent_request(from_: str | None, restore: str | None) -> ParentRequest | None:
+    from milepost.runs.lineage import FULL, parse_parent
+
+    if from_ is not None:
+        return parse_parent(from_, restore=FULL if restore is None else restore)
+    if restore is not None:
+        raise UsageError(
+            "--restore says what is taken of another run's checkpoint",
+            hint="add --from RUN:STEP; a run that is continued is always restored in full",
+        )
+    return None
+
+
+def _refuse_beginning(run: Path, begin_with: ParentRequest | None) -> None:
+    """Refuses a parent that is not there, and a run that no data was ever named for."""
+    from milepost.runs.layout import RunLayout
+    from milepost.runs.lineage import refuse_no_run
+    from milepost.runs.manifest import read_run_manifest, refuse_without_data
+    from milepost.runs.steps import is_run
+
+    if is_run(run):
+        refuse_without_data(read_run_manifest(RunLayout(run)), run=run)
+    elif begin_with is not None:
+        refuse_no_run(begin_with)
 
 
 def _load_config(recipe: str, overrides: Sequence[str]) -> Config:

@@ -36,6 +36,8 @@ HARMLESS = (
     "validation.every_steps",
     "evaluation.",
     "samples.",
+    "guards.resume_drift_z",
+    "guards.loader_timeout_seconds",
     "guards.collective_timeout_seconds",
     "tracking.",
     "finetune.base",
@@ -250,8 +252,17 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def is_harmless(field: str) -> bool:
-    """Whether a run may take a change of this field without a word."""
+def is_harmless(field: str, *, config: Config | None = None) -> bool:
+    """Whether a run may take a change of this field without a word.
+
+    Args:
+        field: dotted name.
+        config: of the run; where it rolls back, it does so to a multiple of the interval of its
+            checkpoints, which then is part of its numbers. None: of a run that does not.
+    """
+    rolls_back = config is not None and config.guards.spike == "rollback"
+    if rolls_back and field == "checkpoint.every_steps":
+        return False
     return field.startswith(HARMLESS)
 
 

@@ -54,13 +54,16 @@ def _kv_heads_divide_heads(heads: int, kv_heads: int) -> Problem | None:
     )
 
 
-def _row_fits_context(length: int, context: int) -> Problem | None:
+def _row_fits_context(length: int, context: int, template: str | None) -> Problem | None:
     if length <= context:
         return None
+    hint = f"set data.sequence_length to at most {context}"
+    if template is None:  # of a fine-tuning the architecture is given
+        hint += ", or raise model.max_position_embeddings"
     return Problem(
         "data.sequence_length",
         f"rows of {length} tokens exceed max_position_embeddings {context}",
-        f"set data.sequence_length to at most {context}, or raise model.max_position_embeddings",
+        hint,
     )
 
 
@@ -149,11 +152,79 @@ def _decay_belongs_to_wsd(name: str, decay: int | None, warmup: int, total: int)
     return None
 
 
+def _rewarm_is_whole(begin: int | None, length: int, total: int) -> Problem | None:
+    if (begin is None) != (length == 0):
+        given, lacks = ("rewarm_at_step", "rewarm_steps")[:: 1 if length == 0 else -1]
+        return Problem(
+            f"schedule.{given}",
+            f"a second warm-up needs schedule.{lacks} too",
+            "set both, or neither",
+        )
+    if begin is not None and begin >= total:
+        return Problem(
+            "schedule.rewarm_at_step",
+            f"step {begin} is not before total_steps {total}",
+            f"choose at most {total - 1}",
+        )
+    return None
+
+
 def _samples_have_prompts(every: int | None, prompts: tuple[str, ...]) -> Problem | None:
     if every is None or prompts:
         return None
     return Problem(
         "samples.prompts", "samples.every_steps is set but there are no prompts", "give prompts"
+    )
+
+
+def _skips_have_a_limit(nonfinite: str, spike: str, limit: int) -> Problem | None:
+    if limit > 0 or (nonfinite != "skip" and spike != "skip"):
+        return None
+    return Problem(
+        "guards.max_skips_in_a_row",
+        f'0 leaves nothing to guards.{"nonfinite" if nonfinite == "skip" else "spike"} = "skip"',
+        'choose at least 1, or set guards.nonfinite to "stop" and guards.spike to "warn"',
+    )
+
+
+def _rollbacks_have_a_limit(spike: str, limit: int) -> Problem | None:
+    if spike != "rollback" or limit > 0:
+        return None
+    return Problem(
+        "guards.max_rollbacks",
+        '0 leaves nothing to guards.spike = "rollback"',
+        'choose at least 1, or set guards.spike to "warn" or "skip"',
+    )
+
+
+def _checkpoints_suit_rollbacks(
+    spike: str, every: int, window: int, patience: int
+) -> Problem | None:
+    if spike != "rollback":
+        return None
+    if every > window:
+        return Problem(
+            "checkpoint.every_steps",
+            f"a rollback would undo up to {every} steps, guards.spike_window knows {window}",
+            f"choose at most {window}, or a longer guards.spike_window",
+        )
+    if patience > every:
+        return Problem(
+            "guards.spike_patience",
+            f"{patience} spikes in a row may lie over several checkpoints, one every {every} steps",
+            f"choose at most checkpoint.every_steps = {every}",
+        )
+    return None
+
+
+def _patience_leaves_a_level(spike: str, patience: int, window: int) -> Problem | None:
+    # Spikes that were applied are in the window: half of it would be the level.
+    if spike != "rollback" or 2 * patience < window:
+        return None
+    return Problem(
+        "guards.spike_patience",
+        f"{patience} spikes in a row fill half of guards.spike_window = {window}",
+        f"choose at most {(window - 1) // 2}, or a longer window",
     )
 
 
@@ -165,7 +236,10 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
     (("model.hidden_size", "model.num_attention_heads"), _heads_divide_width),
     (("model.num_attention_heads", "model.num_key_value_heads"), _kv_heads_divide_heads),
-    (("data.sequence_length", "model.max_position_embeddings"), _row_fits_context),
+    (
+        ("data.sequence_length", "model.max_position_embeddings", "finetune.template"),
+        _row_fits_context,
+    ),
     (("train.global_batch_tokens", "data.sequence_length"), _batch_is_whole_rows),
     (
         (
@@ -189,5 +263,24 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
         ),
         _decay_belongs_to_wsd,
     ),
+    (
+        ("schedule.rewarm_at_step", "schedule.rewarm_steps", "train.total_steps"),
+        _rewarm_is_whole,
+    ),
     (("samples.every_steps", "samples.prompts"), _samples_have_prompts),
+    (
+        ("guards.nonfinite", "guards.spike", "guards.max_skips_in_a_row"),
+        _skips_have_a_limit,
+    ),
+    (("guards.spike", "guards.max_rollbacks"), _rollbacks_have_a_limit),
+    (
+        (
+            "guards.spike",
+            "checkpoint.every_steps",
+            "guards.spike_window",
+            "guards.spike_patience",
+        ),
+        _checkpoints_suit_rollbacks,
+    ),
+    (("guards.spike", "guards.spike_patience", "guards.spike_window"), _patience_leaves_a_level),
 )

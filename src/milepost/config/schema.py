@@ -108,6 +108,10 @@ class ScheduleSection(Section):
     decay_steps: StepCount | None = Field(
         None, description="warmup_stable_decay: length of the final decay, updates."
     )
+    rewarm_at_step: StepCount | None = Field(
+        None, description="A second warm-up begins here, as after a restart without moments."
+    )
+    rewarm_steps: StepCount = Field(0, description="Length of the second warm-up, updates.")
 
 
 class CheckpointSection(Section):
@@ -148,6 +152,36 @@ class EvaluationSection(Section):
 class GuardsSection(Section):
     """[guards]"""
 
+    nonfinite: Literal["stop", "skip"] = Field(
+        "skip", description="A batch whose loss or gradient norm is not finite is never applied."
+    )
+    spike: Literal["off", "warn", "skip", "rollback"] = Field(
+        "warn", description="What a loss far above those before it leads to."
+    )
+    spike_z: float = Field(
+        6.0, gt=3, le=1000, description="Robust deviations above the window that are a spike."
+    )
+    spike_window: int = Field(
+        128, ge=20, le=10_000, description="Losses of applied updates a loss is held against."
+    )
+    spike_patience: int = Field(
+        3, ge=1, le=1000, description="Spikes in a row that lead to a rollback."
+    )
+    max_skips_in_a_row: int = Field(
+        3, ge=0, le=1000, description="Batches skipped in a row; at the next one the run stops."
+    )
+    max_rollbacks: int = Field(
+        3, ge=0, le=1000, description="Of the whole run; at the next one the run stops."
+    )
+    resume_drift_z: float | None = Field(
+        3.0,
+        gt=0,
+        le=1000,
+        description="Robust deviations of the first losses after a resume; none: no warning.",
+    )
+    loader_timeout_seconds: float = Field(
+        600.0, ge=1, le=86_400, description="A batch that takes so long to read ends the run."
+    )
     collective_timeout_seconds: float = Field(
         600.0, ge=5, le=86_400, description="A rank that waits so long for the others gives up."
     )

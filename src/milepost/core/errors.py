@@ -4,7 +4,7 @@
     ├── UsageError           2   command line or configuration
     ├── DataError            3   sources, shards
     ├── CheckpointError      4   damaged, missing or foreign checkpoints
-    ├── DivergedError        5   loss or norm not finite
+    ├── DivergedError        5   loss or norm not finite, or spikes that did not end
     ├── RunInUseError        6   another process holds the run folder
     ├── StorageError         7   disk full, read-only, input/output error
     └── StopRequested       75   stopped on request, saved, resumable
@@ -45,7 +45,7 @@ class CheckpointError(MilepostError):
 
 
 class DivergedError(MilepostError):
-    """Training left the finite numbers."""
+    """Training left the finite numbers, or a guard gave up."""
 
     exit_code = 5
 

@@ -1,9 +1,8 @@
-"""Batches: a function of the step, read one ahead by a background thread."""
+"""Batches: a function of the step."""
 
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +17,7 @@ IGNORED_TARGET = -1
 
 
 class Loader:
-    """Global batches of training rows; its only state is what it has read ahead."""
+    """Global batches of training rows; it has no state, so a step may be read at any time."""
 
     def __init__(
         self, shards: ShardSet, *, seed: int, sequence_length: int, rows_per_step: int
@@ -46,21 +45,17 @@ class Loader:
         self._seed = seed
         self._sequence_length = sequence_length
         self._rows_per_step = rows_per_step
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: tuple[int, Future[np.ndarray]] | None = None
 
     def batch(self, data_step: int) -> np.ndarray:
-        """The global batch of a step, uint32 [rows_per_step, T + 1]; begins to read the next.
+        """The global batch of a step, uint32 [rows_per_step, T + 1].
 
         Raises:
             DataError: a shard is missing or shorter than its manifest says.
         """
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == data_step:
-            batch = ahead[1].result()
-        else:
-            batch = self._read(data_step)
-        self._ahead = (data_step + 1, self._reader.submit(self._read, data_step + 1))
+        length = self._sequence_length
+        batch = np.empty((self._rows_per_step, length + 1), dtype=np.uint32)
+        for place, row in enumerate(self.row_ids(data_step)):
+            batch[place] = self._shards.read(int(row) * length, length + 1)
         return batch
 
     def row_ids(self, data_step: int) -> np.ndarray:
@@ -73,16 +68,8 @@ class Loader:
             num_rows=self.num_rows,
         )
 
-    def _read(self, data_step: int) -> np.ndarray:
-        length = self._sequence_length
-        batch = np.empty((self._rows_per_step, length + 1), dtype=np.uint32)
-        for place, row in enumerate(self.row_ids(data_step)):
-            batch[place] = self._shards.read(int(row) * length, length + 1)
-        return batch
-
     def close(self) -> None:
-        """Ends the thread and closes the shards."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        """Closes the shards."""
         self._shards.close()
 
     def __enter__(self) -> Self:

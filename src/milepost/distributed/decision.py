@@ -49,10 +49,26 @@ def decide(choose: Callable[[], Any], *, world: World) -> Any:
     return answer["value"]
 
 
+def on_main_rank(make: Callable[[], Made], *, world: World) -> Made | None:
+    """What the main rank alone makes or does, None on the others; every rank must call.
+
+    So what is wrong is said once, and no rank waits for one that has left.
+
+    Raises:
+        MilepostError: as `decide`.
+    """
+    made: list[Made] = []
+    decide(lambda: made.append(make()), world=world)
+    return made[0] if made else None
+
+
 def main_rank_first(make: Callable[[], Made], *, world: World) -> Made:
     """What each rank makes for itself, the main rank before the others; every rank must call.
 
-    So what is wrong is said once, and the others find what the main rank has put into a cache.
+    The others find what the main rank has put into a cache.
+
+    Raises:
+        MilepostError: as `decide`.
     """
     made: list[Made] = []
     decide(lambda: made.append(make()), world=world)

@@ -25,9 +25,11 @@ from milepost.distributed.place import (
     PARENT_PIPE_VARIABLE,
     RENDEZVOUS_VARIABLE,
     SAVING_MARK,
+    STALLED_MARK,
     end_with_pipe,
     read_parent_pipe,
 )
+from milepost.distributed.stacks import show_stacks_if_asked
 from milepost.distributed.stop_requests import StopRequests, held_back_stops
 
 POLL_SECONDS = 0.02
@@ -108,7 +110,7 @@ def launch(
                 children.append(
                     subprocess.Popen(command, env={**shared, **place}, pass_fds=(reader,))
                 )
-        return _watch(children, stops=stops, phrases=phrases, saving=folder / SAVING_MARK)
+        return _watch(children, stops=stops, phrases=phrases, marks=folder)
 
 
 def _end_all(children: list[subprocess.Popen[bytes]]) -> None:
@@ -139,10 +141,10 @@ def _loopback_interface() -> str:
 
 
 def _watch(
-    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, saving: Path
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, marks: Path
 ) -> int:
     stops.pass_on_to(children)
-    codes = _wait_for_all(children, stops=stops, phrases=phrases, saving=saving)
+    codes = _wait_for_all(children, stops=stops, phrases=phrases, marks=marks)
     if stops.must_leave:
         say(f"left at once; {phrases.kept}")
         return LEFT_AT_ONCE_EXIT_CODE
@@ -150,21 +152,25 @@ def _watch(
 
 
 def _wait_for_all(
-    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, saving: Path
+    children: list[subprocess.Popen[bytes]], *, stops: StopRequests, phrases: Phrases, marks: Path
 ) -> dict[int, int]:
     """Exit codes by rank, in the order of the ends; 1 for ranks that are ended here.
 
-    Once a rank has failed the others have a grace, and the main one what its save takes.
+    Once a rank has failed the others have a grace, and the main one what its save takes. Where
+    one gives up waiting, the others show where they stand.
     """
     codes: dict[int, int] = {}
+    saving, stalled = marks / SAVING_MARK, marks / STALLED_MARK
     deadline = latest = math.inf
-    has_said_stopping = False
+    has_said_stopping = has_shown_stacks = False
     while len(codes) < len(children):
+        alive = {rank: child for rank, child in enumerate(children) if rank not in codes}
+        has_shown_stacks |= show_stacks_if_asked(stalled, alive)
         for rank, child in enumerate(children):
             if rank not in codes and child.poll() is not None:
                 codes[rank] = child.returncode
                 if child.returncode not in (0, StopRequested.exit_code):
-                    has_said_why = child.returncode > 1
+                    has_said_why = child.returncode > 1 or has_shown_stacks
                     grace = GRACE_AFTER_REASON_SECONDS if has_said_why else GRACE_SECONDS
                     deadline = min(deadline, time.monotonic() + grace)
                     latest = min(latest, deadline + LONGEST_SAVE_SECONDS)

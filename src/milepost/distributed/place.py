@@ -16,6 +16,9 @@ PARENT_PIPE_VARIABLE = "MILEPOST_PARENT_PIPE"
 SAVING_MARK = "saving"
 """A file beside the rendezvous that is there while a save is under way."""
 
+STALLED_MARK = "stalled"
+"""Begins the names of files beside the rendezvous; a rank that has given up waiting makes one."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -42,6 +45,11 @@ class Place:
     def saving_mark(self) -> Path | None:
         """What tells our launcher to wait for a save; None under torchrun, which does not ask."""
         return None if self.rendezvous is None else Path(self.rendezvous).with_name(SAVING_MARK)
+
+    @property
+    def stalled_mark(self) -> Path | None:
+        """What tells our launcher to show where the other ranks stand; None under torchrun."""
+        return None if self.rendezvous is None else Path(self.rendezvous).with_name(STALLED_MARK)
 
 
 def read_place(environment: Mapping[str, str]) -> Place | None:

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import milepost
 from milepost.core.console import say
 from milepost.core.errors import MilepostError
+from milepost.core.stacks import stack_lines
 from milepost.core.units import format_duration
 from milepost.distributed.world import JOIN_SECONDS, World
-
-PACKAGE = Path(milepost.__file__).parent
 
 
 def sum_over_ranks(buffer: torch.Tensor, *, world: World) -> None:
@@ -75,11 +71,9 @@ def _given_up_in_time(what: str, *, world: World, seconds: float) -> Iterator[No
         if "timed out waiting" not in str(error).lower():
             raise
         say(f"rank {world.rank} stood here:")
-        for frame in traceback.extract_stack():
-            place = Path(frame.filename)
-            if place.is_relative_to(PACKAGE) and frame.filename != __file__:
-                name = place.relative_to(PACKAGE).as_posix()
-                say(f"  {name}:{frame.lineno} in {frame.name}: {frame.line}")
+        for line in stack_lines(None, without=__file__):
+            say(line)
+        world.mark_stalled()
         raise MilepostError(
             f"rank {world.rank} waited {format_duration(seconds)} for another rank "
             f"in {what} and gave up",

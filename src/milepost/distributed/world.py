@@ -6,6 +6,7 @@ import contextlib
 import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from milepost.core.errors import MilepostError, UsageError
 from milepost.distributed.devices import count_gpus
 from milepost.distributed.place import Place, end_with_pipe
+from milepost.distributed.stacks import answer_with_stack, ask_for_stacks
 
 JOIN_SECONDS = 3600.0
 """How long a rank waits for the main rank to check data and checkpoints, before training."""
@@ -26,6 +28,7 @@ class World:
         pair_groups: group k holds this rank and the one 2^k away.
         all_ranks: the group of a training's collectives; None for one rank.
         timeout_seconds: how long those wait for another rank.
+        stalled_mark: see `mark_stalled`; None where nobody looks for it.
     """
 
     rank: int
@@ -34,6 +37,14 @@ class World:
     pair_groups: tuple[dist.ProcessGroup, ...] = ()
     all_ranks: dist.ProcessGroup | None = None
     timeout_seconds: float = JOIN_SECONDS
+    stalled_mark: Path | None = None
+
+    def mark_stalled(self) -> None:
+        """Tells our launcher that this rank has given up, and lets it show where the others stand
+        before they notice.
+        """
+        if self.stalled_mark is not None:
+            ask_for_stacks(self.stalled_mark, rank=self.rank)
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +67,7 @@ def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Ite
         MilepostError: another rank is gone, or has kept this one waiting for too long (gloo; of
             nccl, torch's own watchdog ends the process then).
     """
+    answer_with_stack()
     if device_type == "cuda":
         _check_gpu(place)
         device = torch.device("cuda", place.local_rank)
@@ -64,26 +76,12 @@ def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Ite
         count_gpus()  # refuses those that torch cannot use: nobody asked for the CPU then
         device = torch.device("cpu")
     if place.size == 1:
-        yield World(rank=0, size=1, device=device)
+        yield World(rank=0, size=1, device=device, stalled_mark=place.stalled_mark)
         return
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        store=_meet(place),
-        rank=place.rank,
-        world_size=place.size,
-        timeout=datetime.timedelta(seconds=JOIN_SECONDS),
-    )
+    has_failed = True
     try:
-        timeout = datetime.timedelta(seconds=timeout_seconds)
-        pair_groups = _pair_groups(place, timeout=timeout)
-        yield World(
-            rank=place.rank,
-            size=place.size,
-            device=device,
-            pair_groups=pair_groups,
-            all_ranks=pair_groups[0] if place.size == 2 else dist.new_group(timeout=timeout),
-            timeout_seconds=timeout_seconds,
-        )
+        yield _join(place, device=device, timeout_seconds=timeout_seconds)
+        has_failed = False
     except RuntimeError as error:
         if not _is_loss_of_a_peer(error):
             raise
@@ -91,9 +89,42 @@ def join_world(place: Place, *, device_type: str, timeout_seconds: float) -> Ite
             f"rank {place.rank} lost the other ranks", hint="what went wrong is said by another"
         ) from error
     finally:
-        # A rank that fails must not wait for the others here.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        # Gloo's end tells the others at once. Nccl's waits for them, who may wait for this one:
+        # a rank that fails leaves it to the end of its process.
+        if dist.is_initialized() and not (has_failed and device.type == "cuda"):
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _join(place: Place, *, device: torch.device, timeout_seconds: float) -> World:
+    """Meets the other ranks and makes the groups with them."""
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_meet(place),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=datetime.timedelta(seconds=JOIN_SECONDS),
+        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        pair_groups = _pair_groups(place, timeout=timeout)
+        all_ranks = pair_groups[0] if place.size == 2 else dist.new_group(timeout=timeout)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in ("wait timeout", "timed out")):
+            raise
+        raise MilepostError(
+            f"rank {place.rank} waited for another rank to join, in vain",
+            hint="a rank is frozen or checks its data for too long; run the same command again",
+        ) from error
+    return World(
+        rank=place.rank,
+        size=place.size,
+        device=device,
+        pair_groups=pair_groups,
+        all_ranks=all_ranks,
+        timeout_seconds=timeout_seconds,
+        stalled_mark=place.stalled_mark,
+    )
 
 
 def _meet(place: Place) -> dist.Store:

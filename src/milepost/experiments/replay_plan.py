@@ -13,7 +13,7 @@ from milepost.config.schema import Config
 from milepost.core.errors import CheckpointError, DataError, MilepostError, UsageError
 from milepost.data.run_data import open_run_data
 from milepost.data.shards import PreparedData
-from milepost.runs.events import Event, History, read_history
+from milepost.runs.events import Event, History, present_events, read_history
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
 from milepost.runs.overrides import config_with_overrides
@@ -29,6 +29,7 @@ class ReplayPlan:
         to_step: of the next saved checkpoint.
         logged: the range's `step` events by step.
         segments: the `segment_started` events of those that trained the range.
+        refused: the events of batches that were skipped, and of rollbacks, in the range.
     """
 
     layout: RunLayout
@@ -39,6 +40,7 @@ class ReplayPlan:
     to_step: int
     logged: dict[int, Event]
     segments: list[Event]
+    refused: list[Event]
 
     @property
     def steps(self) -> list[int]:
@@ -84,7 +86,18 @@ def plan_replay(layout: RunLayout, *, from_step: int | None, data: Path | None) 
         to_step=last,
         logged=logged,
         segments=segments,
+        refused=_refused(history, first=first, last=last),
     )
+
+
+def _refused(history: History, *, first: int, last: int) -> list[Event]:
+    """What led from one batch to the next but one: skips and rollbacks that still hold."""
+    return [
+        event
+        for event in present_events(history.events)
+        if (event.get("kind") == "batch_skipped" and first < event.get("step", 0) <= last)
+        or (event.get("kind") == "rolled_back" and first <= event.get("to_step", -1) < last)
+    ]
 
 
 def _choose_pair(

@@ -58,6 +58,9 @@ def scratch_copy(plan: ReplayPlan) -> Iterator[RunLayout]:
             # Without it a damaged copy would be taken for a run from its first step.
             events = EventWriter(scratch.events, segment=1)
             events.append("checkpoint_saved", step=plan.from_step, sha256=sha256)
+        for event in plan.refused:
+            events = EventWriter(scratch.events, segment=1)
+            events.append(**{k: v for k, v in event.items() if k not in ("v", "time", "segment")})
         yield scratch
 
 
@@ -101,6 +104,8 @@ def replay_config(plan: ReplayPlan) -> Config:
         "samples": {"every_steps": None},
         "evaluation": {"every_steps": None},
         "tracking": {"tools": ()},
+        # What the range left out is in the copy's history; a rollback judges as a warning does.
+        "guards": {"spike": "warn" if config.guards.spike == "rollback" else config.guards.spike},
     }
     sections = {n: getattr(config, n).model_copy(update=values) for n, values in changes.items()}
     return config.model_copy(update=sections)

@@ -230,6 +230,8 @@ def _num_train_states(config: Config, steps: list[int]) -> int:
     kept = set(steps[-checkpoint.keep_train_state :])
     if checkpoint.keep_train_state_every_steps is not None:
         kept |= {step for step in steps if step % checkpoint.keep_train_state_every_steps == 0}
+    if config.guards.spike == "rollback":
+        kept |= set([step for step in steps if step % checkpoint.every_steps == 0][-2:])
     return len(kept)
 
 

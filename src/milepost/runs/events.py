@@ -6,7 +6,8 @@ The only module that appends events. Kinds and their fields are those of docs/co
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,31 @@ class History:
         return (event for event in self.events if event.get("kind") == kind)
 
     def latest_by_step(self, kind: str) -> dict[int, Event]:
-        """Events of one kind by step; of two entries for a step the later in the file counts."""
-        found = {e["step"]: e for e in self.of_kind(kind) if isinstance(e.get("step"), int)}
+        """Events of one kind by step; of two entries for a step the later in the file counts.
+
+        What a rollback undid does not count.
+        """
+        events = (e for e in present_events(self.events) if e.get("kind") == kind)
+        found = {e["step"]: e for e in events if isinstance(e.get("step"), int)}
         return dict(sorted(found.items()))
 
     @property
     def num_segments(self) -> int:
         """Segments begun so far."""
         return max((e.get("segment", 0) for e in self.of_kind("segment_started")), default=0)
+
+
+def present_events(events: Sequence[Event]) -> list[Event]:
+    """The events in file order without those of steps that a later rollback undid."""
+    present = []
+    last_step = math.inf
+    for event in reversed(events):
+        step = event.get("step")
+        if not isinstance(step, int) or step <= last_step:
+            present.append(event)
+        if event.get("kind") == "rolled_back" and isinstance(event.get("to_step"), int):
+            last_step = min(last_step, event["to_step"])
+    return present[::-1]
 
 
 def read_history(path: Path) -> History:

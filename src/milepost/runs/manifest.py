@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from milepost.config.recipe import as_plain, config_from_plain, config_sha256
@@ -39,6 +40,20 @@ class RunManifest:
     tokenizer_sha256: str
     environment: dict[str, Any]
     lineage: dict[str, Any] = field(default_factory=dict)
+
+
+def refuse_without_data(manifest: RunManifest, *, run: Path) -> None:
+    """Refuses to train a run that was imported without data.
+
+    Raises:
+        UsageError: it was; the hint says how the model is trained all the same.
+    """
+    if not manifest.data_fingerprint:
+        raise UsageError(
+            f"{run} was imported without data, so it cannot be trained further",
+            hint=f"begin a new run with its weights: --run NEW --from {run} --restore weights "
+            "--data.path DIR; or import the model once more with --data",
+        )
 
 
 def write_run_manifest(layout: RunLayout, manifest: RunManifest) -> None:

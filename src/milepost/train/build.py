@@ -3,108 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from milepost.checkpoint.state import Progress
-from milepost.checkpoint.store import load_train_state, needed_bytes, refuse_if_full
-from milepost.config.recipe import as_plain, config_from_plain
+from milepost.checkpoint.store import needed_bytes, refuse_if_full
 from milepost.config.schema import Config
-from milepost.core.console import say
-from milepost.core.errors import CheckpointError
-from milepost.distributed.reduce import broadcast_json
+from milepost.core.console import say, warn
+from milepost.core.units import format_duration
+from milepost.data.read_ahead import ReadAhead
+from milepost.distributed.decision import on_main_rank
 from milepost.distributed.world import World
-from milepost.evaluation.catalog import parse_tasks
 from milepost.model.llama import Llama
 from milepost.planner.cost import flops_per_token
 from milepost.planner.duration import gpu_of_device
 from milepost.runs.evaluations import EvaluationStore
-from milepost.runs.events import History
+from milepost.runs.events import EventWriter, History
 from milepost.runs.layout import RunLayout
+from milepost.runs.lineage import FULL, PARTS, Lineage, restore_text
+from milepost.train.agreement import Agreement
+from milepost.train.disk_watch import DiskWatch
 from milepost.train.evaluating import make_evaluation, open_tasks
 from milepost.train.exactness import device_names, judge_exactness, machine_facts
 from milepost.train.gradients import LaneGradients
+from milepost.train.guarding import Guarding
+from milepost.train.guards import ResumeDrift
 from milepost.train.loop import LoopParts
 from milepost.train.objective import build_objective
 from milepost.train.opening import OpenedRun
-from milepost.train.optimizer import build_optimizer, restore_moments
+from milepost.train.parent import say_parent
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
+from milepost.train.restoring import model_to_train
+from milepost.train.rewinding import Rewinder
 from milepost.train.saving import CheckpointWriter, Saver
 from milepost.train.schedule import learning_rate
-from milepost.train.step import FIRST_LOSS_SCALE, LossScale, Stepper
+from milepost.train.step import LossScale, Stepper
 from milepost.train.subject import Subject
 from milepost.train.throughput import Throughput
 from milepost.train.watching import make_sampling, make_validation
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What the main rank decided and every rank builds from.
-
-    Attributes:
-        config: resolved.
-        restore_from: the checkpoint folder, None for a new start.
-        is_finished: nothing is left to do.
-        missing: what was due at the restored step and was not reached: "validation", "sample",
-            names of benchmarks; at the first step of a run all.
-    """
-
-    config: Config
-    restore_from: Path | None
-    is_finished: bool
-    missing: frozenset[str]
-
-
-def agree(opened: OpenedRun | None, *, world: World) -> Agreement:
-    """Gives the main rank's decision to every rank; every rank must call."""
-    plain: dict[str, Any] = {}
-    if opened is not None:
-        found = opened.restorable
-        missing = _missing_at_start(opened)
-        plain = {
-            "config": as_plain(opened.config),
-            "restore_from": None if found is None else str(found.folder),
-            "is_finished": opened.is_finished and not missing,
-            "missing": missing,
-        }
-    plain = broadcast_json(plain, world=world)
-    folder = plain["restore_from"]
-    return Agreement(
-        config=config_from_plain(plain["config"], source="the run's config"),
-        restore_from=None if folder is None else Path(folder),
-        is_finished=plain["is_finished"],
-        missing=frozenset(plain["missing"]),
-    )
-
-
-def _missing_at_start(opened: OpenedRun) -> list[str]:
-    step = 0 if opened.restorable is None else opened.restorable.step
-    config, history = opened.config, opened.history
-    if step > config.last_step:
-        return []
-
-    def was_due(every: int | None) -> bool:
-        return every is not None and (step % every == 0 or step == config.last_step)
-
-    has_validation = opened.manifest.validation_fingerprint is not None
-    intervals = {
-        "validation": config.validation.every_steps if has_validation else None,
-        "sample": config.samples.every_steps,
-    }
-    missing = [
-        kind
-        for kind, every in intervals.items()
-        if was_due(every) and step not in history.latest_by_step(kind)
-    ]
-    if was_due(config.evaluation.every_steps):
-        events = history.of_kind("evaluation")
-        done = {event.get("benchmark") for event in events if event.get("step") == step}
-        missing += [name for name in parse_tasks(config.evaluation.tasks) if name not in done]
-    return missing
 
 
 def build(
@@ -133,8 +71,9 @@ def build(
         DataError: too little data.
     """
     config = agreement.config
-    model, optimizer, progress = _model_to_train(agreement, subject=subject, world=world)
-    weights = subject.trained_weights(model)
+    model, optimizer, progress = model_to_train(
+        agreement.restore_from, parts=agreement.parts, config=config, subject=subject, world=world
+    )
     periodic = _watching(
         agreement,
         model=model,
@@ -145,69 +84,128 @@ def build(
         stop_requested=stop_requested,
         restored_step=progress.step,
     )
-    saver = None
-    if opened is not None:
-        saver = Saver(
+    saver = on_main_rank(
+        lambda: Saver(
             _checkpoint_writer(opened, layout=layout, subject=subject, model=model),
             model=model,
-            weights=weights,
+            weights=subject.trained_weights(model),
             optimizer=optimizer,
             saved_step=progress.step,
             mark=saving_mark,
-        )
-        periodic.append(Periodic(1, saver.raise_failure))
-        periodic.append(Periodic(config.checkpoint.every_steps, saver.save))
+        ),
+        world=world,
+    )
+    if opened is not None and saver is not None:
+        periodic += _saving(saver, opened=opened, layout=layout, subject=subject)
+    events = opened.events if opened is not None else None
+    stepper = _stepper(
+        model, optimizer=optimizer, subject=subject, config=config, world=world, progress=progress
+    )
+    rewinder = Rewinder(
+        model,
+        optimizer=optimizer,
+        subject=subject,
+        agreement=agreement,
+        layout=layout,
+        world=world,
+        opened=opened,
+        saver=saver,
+    )
     return LoopParts(
         progress=progress,
         last_step=config.last_step,
-        batches=subject.batches(config),
+        batches=_read_ahead(subject, config=config, world=world, events=events),
         learning_rate=lambda step: learning_rate(step, config=config),
-        stepper=Stepper(
-            build_objective(model, config=config, end_of_text_id=subject.tokenizer.end_of_text_id),
-            optimizer=optimizer,
-            gradients=LaneGradients(model),
-            config=config,
-            world=world,
-            loss_scale=LossScale(progress.loss_scale, progress.steps_at_scale),
-        ),
+        stepper=stepper,
         periodic=periodic,
         saver=saver,
         throughput=_throughput(config, world=world),
         replay=_replay_check(opened, restored_step=progress.step),
-        events=opened.events if opened is not None else None,
+        events=events,
         stop_requested=stop_requested,
+        guarding=_guarding(agreement, progress, stepper=stepper, rewinder=rewinder, events=events),
     )
 
 
-def _model_to_train(
-    agreement: Agreement, *, subject: Subject, world: World
-) -> tuple[Llama, torch.optim.Optimizer, Progress]:
-    """The model and its optimizer on their device, new or as a checkpoint left them."""
-    config = agreement.config
-    model = subject.make_model(config)
-    if agreement.restore_from is None:
-        subject.set_first_weights(model, config=config)
-        model.to(world.device)
-        first_scale = FIRST_LOSS_SCALE if config.train.precision == "float16" else 1.0
-        optimizer = build_optimizer(model, config=config.optimizer)
-        return model, optimizer, Progress(loss_scale=first_scale)
-    state = load_train_state(agreement.restore_from)
-    _restore_weights(subject.trained_weights(model), saved=state.weights)
-    model.to(world.device)
-    optimizer = build_optimizer(model, config=config.optimizer)
-    restore_moments(
-        model, optimizer=optimizer, moments=state.moments, num_updates=state.optimizer_step
+def _saving(
+    saver: Saver, *, opened: OpenedRun, layout: RunLayout, subject: Subject
+) -> list[Periodic]:
+    """What the main rank does about checkpoints, after all that shows in them."""
+    disk_watch = _disk_watch(opened, layout=layout, subject=subject, saver=saver)
+    return [
+        Periodic(1, saver.raise_failure),
+        Periodic(1, disk_watch.look),
+        Periodic(opened.config.checkpoint.every_steps, saver.save),
+    ]
+
+
+def _guarding(
+    agreement: Agreement,
+    progress: Progress,
+    *,
+    stepper: Stepper,
+    rewinder: Rewinder,
+    events: EventWriter | None,
+) -> Guarding:
+    limit = agreement.config.guards.resume_drift_z
+    return Guarding(
+        agreement.config,
+        refusals=agreement.refusals,
+        drift=ResumeDrift(progress.guards.losses, limit=limit),
+        rewinder=rewinder,
+        stepper=stepper,
+        events=events,
     )
-    return model, optimizer, _fitting_scale(state.progress, precision=config.train.precision)
 
 
-def _fitting_scale(progress: Progress, *, precision: str) -> Progress:
-    """The saved loss scale, or a fresh one where an override changed the precision."""
-    if precision != "float16":
-        return replace(progress, loss_scale=1.0, steps_at_scale=0)
-    if progress.loss_scale == 1.0 and progress.steps_at_scale == 0:  # not yet float16
-        return replace(progress, loss_scale=FIRST_LOSS_SCALE, steps_at_scale=0)
-    return progress
+def _stepper(
+    model: Llama,
+    *,
+    optimizer: torch.optim.Optimizer,
+    subject: Subject,
+    config: Config,
+    world: World,
+    progress: Progress,
+) -> Stepper:
+    return Stepper(
+        build_objective(model, config=config, end_of_text_id=subject.tokenizer.end_of_text_id),
+        optimizer=optimizer,
+        gradients=LaneGradients(model),
+        config=config,
+        world=world,
+        loss_scale=LossScale(progress.loss_scale, progress.steps_at_scale),
+    )
+
+
+def _read_ahead(
+    subject: Subject, *, config: Config, world: World, events: EventWriter | None
+) -> ReadAhead:
+    """The batches, read by a thread that is given up where it hangs."""
+
+    def slow(data_step: int, seconds: float) -> None:
+        warn(
+            f"rank {world.rank} has waited {format_duration(seconds)} for the batch of data step "
+            f"{data_step}; it gives up after guards.loader_timeout_seconds = "
+            f"{config.guards.loader_timeout_seconds:g}"
+        )
+        if events is not None:
+            events.append("guard_warned", guard="loader", data_step=data_step, seconds=seconds)
+
+    return ReadAhead(
+        subject.batches(config),
+        timeout_seconds=config.guards.loader_timeout_seconds,
+        slow=slow,
+        stalled=world.mark_stalled,
+    )
+
+
+def _disk_watch(
+    opened: OpenedRun, *, layout: RunLayout, subject: Subject, saver: Saver
+) -> DiskWatch:
+    config = opened.config
+    dtype = config.checkpoint.weights_dtype
+    needed = needed_bytes(subject.num_trained(config), weights_dtype=dtype)
+    return DiskWatch(layout, needed_bytes=needed, is_saving=saver.is_saving, events=opened.events)
 
 
 def _watching(
@@ -251,19 +249,38 @@ def _watching(
             made_up={restored_step: names},
         )
         periodic.append(Periodic(config.evaluation.every_steps, action, at_start=bool(names)))
-    if opened is not None and config.samples.every_steps is not None:
-        action = make_sampling(
-            model, tokenizer=subject.tokenizer, config=config, layout=layout, events=opened.events
-        )
-        is_missing = "sample" in agreement.missing
-        periodic.append(Periodic(config.samples.every_steps, action, at_start=is_missing))
-    return periodic
+    sampling = on_main_rank(
+        lambda: _sampling(agreement, model=model, subject=subject, layout=layout, opened=opened),
+        world=world,
+    )
+    return [*periodic, *(sampling or [])]
+
+
+def _sampling(
+    agreement: Agreement,
+    *,
+    model: Llama,
+    subject: Subject,
+    layout: RunLayout,
+    opened: OpenedRun | None,
+) -> list[Periodic]:
+    """What the main rank does about samples, where the recipe has some."""
+    config = agreement.config
+    if config.samples.every_steps is None:
+        return []
+    assert opened is not None
+    action = make_sampling(
+        model, tokenizer=subject.tokenizer, config=config, layout=layout, events=opened.events
+    )
+    is_missing = "sample" in agreement.missing
+    return [Periodic(config.samples.every_steps, action, at_start=is_missing)]
 
 
 def _checkpoint_writer(
-    opened: OpenedRun, *, layout: RunLayout, subject: Subject, model: Llama
+    opened: OpenedRun | None, *, layout: RunLayout, subject: Subject, model: Llama
 ) -> CheckpointWriter:
     """The main rank's writer, with the retention of the segment before carried out."""
+    assert opened is not None
     config = opened.config
     writer = CheckpointWriter(
         layout=layout,
@@ -273,6 +290,8 @@ def _checkpoint_writer(
         weights_file=subject.weights_file,
         events=opened.events,
         good_step=0 if opened.restorable is None else opened.restorable.step,
+        keeps_for_rollback=config.guards.spike == "rollback",
+        first_step=opened.first_step,
     )
     # What a kill between a save and its retention left would come on top of the next save.
     writer.drop_old()
@@ -287,18 +306,6 @@ def _replay_check(opened: OpenedRun | None, *, restored_step: int) -> ReplayChec
     changes = [place for place, event in enumerate(events) if event.get("kind") == "override"]
     since = events[changes[-1] + 1 :] if changes else events
     return ReplayCheck(History(since, num_bad_lines=0), restored_step=restored_step)
-
-
-@torch.no_grad()
-def _restore_weights(own: dict[str, torch.Tensor], *, saved: dict[str, torch.Tensor]) -> None:
-    """Copies saved tensors over the model's own."""
-    for name, tensor in own.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise CheckpointError(f"the checkpoint has no fitting tensor {name}")
-    if left := sorted(set(saved) - set(own)):
-        raise CheckpointError(f"the checkpoint has an unknown tensor {left[0]}")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
 
 
 def _throughput(config: Config, *, world: World) -> Throughput:
@@ -346,7 +353,8 @@ def start_segment(
         devices=device_names(world=world),
         versions=facts,
         restored_step=restored,
-        restored="nothing" if restored is None else "full",
+        restored=_restored_words(opened),
+        parent=None if opened.parent is None else f"{opened.parent.run}:{opened.parent.step}",
         exactness=exactness,
         reason=reason,
         compile=config.train.compile,
@@ -355,10 +363,30 @@ def start_segment(
     )
     for field, old, new in opened.overrides:
         parts.events.append("override", field=field, old=old, new=new)
-    where = "from the first step" if restored is None else f"goes on from step {restored}"
+    if opened.parent is not None:
+        _record_parent(opened.parent, events=parts.events)
+    where = "from the first step" if not restored else f"goes on from step {restored}"
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     compiled = "compiled" if config.train.compile else "not compiled"
     say(f"{layout.root}: {where}; {ranks}, {config.train.precision}, {compiled}")
     say(f"{exactness}: {reason}")
     if parts.replay.num_expected:
         say(f"{parts.replay.num_expected} logged steps will be run again and compared")
+
+
+def _restored_words(opened: OpenedRun) -> str:
+    if opened.restorable is None:
+        return "nothing"
+    return FULL if opened.parent is None else restore_text(opened.parent.parts)
+
+
+def _record_parent(parent: Lineage, *, events: EventWriter) -> None:
+    """Says what a run begins with, and records it where that is not all of a train state."""
+    say_parent(parent)
+    if parent.parts != PARTS:
+        events.append(
+            "partial_restore",
+            restored=list(parent.parts),
+            parent=f"{parent.run}:{parent.step}",
+            checkpoint_sha256=parent.checkpoint_sha256,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from milepost.checkpoint.state import Progress
@@ -56,7 +56,7 @@ def make_evaluation(
     opened: OpenedRun | None,
     world: World,
     stop_requested: Callable[[], bool],
-    made_up: Mapping[int, frozenset[str]],
+    made_up: MutableMapping[int, frozenset[str]],
 ) -> Callable[[Progress], bool]:
     """The periodic evaluation; every rank calls it, the main rank records it.
 
@@ -73,6 +73,7 @@ def make_evaluation(
         world: of this process.
         stop_requested: whether this process was asked to stop.
         made_up: by step, the only tasks that are scored there: an earlier segment did the rest.
+            Once: after a rollback the step has other weights.
     """
 
     def run_evaluation(progress: Progress) -> bool:
@@ -82,7 +83,7 @@ def make_evaluation(
             step=progress.step,
             tokens_seen=progress.tokens_seen,
         )
-        wanted = made_up.get(progress.step)
+        wanted = made_up.pop(progress.step, None)
         for task in tasks:
             if wanted is not None and task.benchmark not in wanted:
                 continue

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from milepost.checkpoint.state import Progress
 from milepost.core.console import say
-from milepost.core.errors import DivergedError
 from milepost.core.units import format_duration
 from milepost.data.batch import Batch, Batches
 from milepost.runs.events import EventWriter
+from milepost.train.guarding import Guarding
 from milepost.train.periodic import Periodic
 from milepost.train.replay import ReplayCheck
 from milepost.train.saving import Saver
@@ -28,6 +29,8 @@ class LoopParts:
         periodic: in the order in which they run; saving comes last.
         saver: takes a checkpoint at a stop between two; None on every rank but the main one.
         events: None on every rank but the main one.
+        guarding: judges every update before it is applied.
+        watching: a block that ends in good time, or it is said where it stands.
     """
 
     progress: Progress
@@ -41,6 +44,8 @@ class LoopParts:
     replay: ReplayCheck
     events: EventWriter | None
     stop_requested: Callable[[], bool]
+    guarding: Guarding
+    watching: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def run_loop(parts: LoopParts) -> bool:
@@ -52,38 +57,33 @@ def run_loop(parts: LoopParts) -> bool:
         True if a stop was asked for.
 
     Raises:
-        DivergedError: a step was refused; the newest checkpoint is from before it.
+        DivergedError: a guard has given up; the newest checkpoint is from before it.
         StorageError: the history or a checkpoint cannot be written.
         DataError: a shard went away.
     """
     is_stopping = _act(parts, [periodic for periodic in parts.periodic if periodic.at_start])
     while not is_stopping and parts.progress.step < parts.last_step:
+        parts.progress = parts.guarding.recall(parts.progress)
         step_started = time.perf_counter()
-        step = parts.progress.step
-        data_step = step + parts.progress.skipped
-        batch = parts.batches.batch(data_step)
-        learning_rate = parts.learning_rate(step)
-        try:
+        before = parts.progress
+        batch = parts.batches.batch(before.data_step)
+        learning_rate = parts.learning_rate(before.step)
+        with parts.watching():
             result = parts.stepper.run_step(
-                batch, learning_rate=learning_rate, stop_requested=parts.stop_requested
+                batch,
+                learning_rate=learning_rate,
+                stop_requested=parts.stop_requested,
+                judge=parts.guarding.judge_at(before),
             )
-        except DivergedError as error:
-            raise DivergedError(f"step {step + 1}: {error.message}", hint=error.hint) from error
         step_seconds = time.perf_counter() - step_started
-        scale = parts.stepper.loss_scale
-        parts.progress = replace(
-            parts.progress,
-            step=step + 1,
-            tokens_seen=parts.progress.tokens_seen + batch.num_targets,
-            training_seconds=parts.progress.training_seconds + step_seconds,
-            loss_scale=scale.value,
-            steps_at_scale=scale.steps_at_scale,
-        )
-        if parts.events is not None:
-            _record(parts, result, batch, data_step, learning_rate, step_seconds)
+        parts.progress = replace(before, training_seconds=before.training_seconds + step_seconds)
+        if result.is_applied:
+            _advance(parts, result, batch, learning_rate, step_seconds)
+        else:
+            _refuse(parts, result, batch)
         # What else is due waits until the run goes on; whoever asks for a stop may not wait for it.
         is_stopping = result.is_stop_requested and parts.progress.step < parts.last_step
-        if not is_stopping:
+        if result.is_applied and not is_stopping:
             is_stopping = _act(parts, [p for p in parts.periodic if _is_due(p, parts)])
     if is_stopping and parts.saver is not None:
         parts.saver.save(parts.progress)
@@ -103,6 +103,38 @@ def _act(parts: LoopParts, due: Sequence[Periodic]) -> bool:
 def _end_replay(parts: LoopParts) -> None:
     if parts.events is not None:
         parts.replay.report_if_done(parts.progress.step, events=parts.events, is_last=True)
+
+
+def _advance(
+    parts: LoopParts,
+    result: StepResult,
+    batch: Batch,
+    learning_rate: float,
+    step_seconds: float,
+) -> None:
+    """Counts an applied update, and records it."""
+    before, scale = parts.progress, parts.stepper.loss_scale
+    parts.progress = replace(
+        before,
+        step=before.step + 1,
+        tokens_seen=before.tokens_seen + batch.num_targets,
+        loss_scale=scale.value,
+        steps_at_scale=scale.steps_at_scale,
+        guards=parts.guarding.verdict.numbers,
+    )
+    if parts.events is not None:
+        _record(parts, result, batch, before.data_step, learning_rate, step_seconds)
+    parts.guarding.note_applied(result, batch, progress=before)
+
+
+def _refuse(parts: LoopParts, result: StepResult, batch: Batch) -> None:
+    """Does what is done in the place of an update that was not applied."""
+    before = parts.progress
+    parts.progress = parts.guarding.refuse(result, batch, progress=before)
+    if parts.events is not None and parts.guarding.verdict.action == "roll_back":
+        # What a rollback undoes is no measure for the steps that come in its place.
+        parts.replay.report_if_done(before.step, events=parts.events, is_last=True)
+        parts.replay.forget_after(parts.progress.step)
 
 
 def _record(

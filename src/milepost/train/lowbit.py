@@ -142,9 +142,25 @@ def code_tensors(tensor: torch.Tensor, *, moment: str, name: str) -> dict[str, t
     return dict(zip(names, parts, strict=True))
 
 
-def is_code_name(name: str) -> bool:
-    """Whether a saved moment's name is that of codes."""
-    return name.partition(".")[0].endswith("_codes")
+def is_of_codes(tensor: torch.Tensor) -> bool:
+    """Whether a moment is torchao's tensor of codes."""
+    return type(tensor) is not torch.Tensor
+
+
+def encode(tensor: torch.Tensor, *, moment: str) -> torch.Tensor:
+    """A float32 moment in codes of 8 bits, rounded as torchao rounds it after an update."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    coded = OptimState8bit.zeros(
+        tensor.shape, moment == "exp_avg", _BLOCK_SIZE, tensor.device, dtype=torch.float32
+    )
+    coded.copy_(tensor)
+    return coded
+
+
+def decode(tensor: torch.Tensor) -> torch.Tensor:
+    """A moment of codes as float32."""
+    return tensor.dequantize().view(tensor.shape)
 
 
 def take_codes(

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from milepost.config.schema import OptimizerSection
-from milepost.core.errors import CheckpointError, UsageError
+from milepost.core.errors import CheckpointError
 from milepost.train.lowbit import (
     build_adamw8bit,
     code_bytes,
     code_tensors,
-    is_code_name,
+    decode,
+    encode,
     is_coded,
+    is_of_codes,
     take_codes,
 )
 
@@ -92,11 +94,12 @@ def restore_moments(
 ) -> None:
     """Puts saved moments back, in place of whatever the optimizer has.
 
+    Where a run goes on with the other of the two optimizers, on purpose, float32 moments are
+    coded in 8 bits, and those of 8 bits become float32 again.
+
     Raises:
-        UsageError: they are another optimizer's.
         CheckpointError: a moment is missing, left over or of another shape.
     """
-    _refuse_another_kind(moments, optimizer=optimizer)
     left = dict(moments)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -105,12 +108,11 @@ def restore_moments(
         place = "cpu" if _is_lowbit(optimizer) else parameter.device
         state: dict[str, torch.Tensor] = {"step": torch.tensor(float(num_updates), device=place)}
         for moment in _MOMENTS:
-            if _has_codes(parameter, optimizer=optimizer):
-                tensor = take_codes(left, moment=moment, name=name, parameter=parameter)
-            else:
-                tensor = _take(left, f"{moment}.{name}", parameter=parameter)
+            tensor = _take(left, moment=moment, name=name, parameter=parameter)
             if tensor is None:
                 raise CheckpointError(f"the train state has no fitting {moment} of {name}")
+            if _has_codes(parameter, optimizer=optimizer) != is_of_codes(tensor):
+                tensor = decode(tensor) if is_of_codes(tensor) else encode(tensor, moment=moment)
             state[moment] = tensor
         optimizer.state[parameter] = state
     if left:
@@ -118,10 +120,13 @@ def restore_moments(
 
 
 def _take(
-    left: dict[str, torch.Tensor], name: str, *, parameter: torch.Tensor
+    left: dict[str, torch.Tensor], *, moment: str, name: str, parameter: torch.Tensor
 ) -> torch.Tensor | None:
-    found = left.pop(name, None)
-    if found is None or found.shape != parameter.shape:
+    """A saved moment as a copy on the parameter's device; None where there is none that fits."""
+    if f"{moment}.{name}" not in left:
+        return take_codes(left, moment=moment, name=name, parameter=parameter)
+    found = left.pop(f"{moment}.{name}")
+    if found.shape != parameter.shape:
         return None
     return found.to(parameter.device, torch.float32, copy=True)
 
@@ -132,17 +137,3 @@ def _is_lowbit(optimizer: torch.optim.Optimizer) -> bool:
 
 def _has_codes(parameter: nn.Parameter, *, optimizer: torch.optim.Optimizer) -> bool:
     return _is_lowbit(optimizer) and is_coded(parameter.numel())
-
-
-def _refuse_another_kind(
-    moments: dict[str, torch.Tensor], *, optimizer: torch.optim.Optimizer
-) -> None:
-    wanted = any(
-        is_coded(p.numel()) for group in optimizer.param_groups for p in group["params"]
-    ) and _is_lowbit(optimizer)
-    if wanted != any(map(is_code_name, moments)):
-        ours, theirs = ("adamw8bit", "adamw") if wanted else ("adamw", "adamw8bit")
-        raise UsageError(
-            f"the moments of this run are those of {theirs}, optimizer.name is {ours}",
-            hint=f"go on with --optimizer.name {theirs}, or start a new run",
-        )

@@ -13,13 +13,18 @@ from milepost.config.schema import Config
 from milepost.core.console import say
 from milepost.core.errors import DivergedError, MilepostError, StorageError, UsageError
 from milepost.core.files import exclusive_lock, storage_errors
+from milepost.distributed.decision import MainRankFailed, on_main_rank
 from milepost.distributed.devices import check_ranks
 from milepost.distributed.place import Place
 from milepost.distributed.reduce import broadcast_json
+from milepost.distributed.watchdog import Watchdog
 from milepost.distributed.world import World, die_with_parent, join_world
 from milepost.runs.events import EventWriter
 from milepost.runs.layout import RunLayout
-from milepost.train.build import Agreement, agree, build, start_segment
+from milepost.runs.lineage import ParentRequest
+from milepost.train.agreement import Agreement, agree
+from milepost.train.build import build, start_segment
+from milepost.train.guarding import GuardStopped
 from milepost.train.installed import check_optimizer
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
@@ -47,6 +52,7 @@ def train_as_rank(
     run: Path,
     may_override: bool,
     open_subject: Callable[[Config], Subject] = open_pretraining,
+    begin_with: ParentRequest | None = None,
 ) -> Summary | None:
     """Trains as one rank of a run until its last step or a stop.
 
@@ -57,6 +63,7 @@ def train_as_rank(
         run: the run folder.
         may_override: take changes that alter the numbers.
         open_subject: opens what is trained, on what; called on every rank.
+        begin_with: the checkpoint of another run that a new run is made from.
 
     Returns:
         What was reached, on the main rank; None on the others.
@@ -71,37 +78,33 @@ def train_as_rank(
     with contextlib.ExitStack() as stack:
         subject = open_subject(config)
         if place.rank == 0:
-            _make_folder(run)
-            stack.enter_context(exclusive_lock(layout.lock, what=str(run)))
+            _take_folder(layout, until=stack)
             subject.verify()
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_type == "cpu" and place.started_by == "milepost":
-            torch.set_num_threads(1)
         # Before the world: it ends after it, so that no other rank waits for a tracker.
         tracking = stack.enter_context(Tracking(layout, stop_requested=stop.is_requested))
         world = stack.enter_context(
             join_world(
                 place,
-                device_type=device_type,
+                device_type=_device_type(place),
                 timeout_seconds=config.guards.collective_timeout_seconds,
             )
         )
-        opened = None
-        if world.is_main:
-            opened = open_run(
+        opened = on_main_rank(
+            lambda: open_run(
                 layout,
                 config=config,
                 recipe=recipe,
                 identity=subject.identity,
                 resolve=_resolver(world),
                 may_override=may_override,
-            )
+                begin_with=begin_with,
+            ),
+            world=world,
+        )
         agreement = agree(opened, world=world)
         if agreement.is_finished:
             return _already_done(opened, layout)
-        check_compiler(agreement.config, device=world.device)
-        if agreement.config.train.deterministic:
-            make_deterministic(device=world.device)
+        _prepare_torch(agreement.config, world=world)
         with _memory_errors(agreement.config):
             parts = build(
                 agreement,
@@ -113,11 +116,13 @@ def train_as_rank(
                 saving_mark=place.saving_mark,
             )
         stack.callback(parts.batches.close)
-        if opened is not None:
-            say(subject.introduction(agreement.config))
-            start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
-            tracking.start(agreement.config.tracking, events=opened.events)
-            parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
+        _watch_steps(parts, world=world, until=stack)
+        on_main_rank(
+            lambda: _start(
+                parts, opened=opened, subject=subject, world=world, layout=layout, tracking=tracking
+            ),
+            world=world,
+        )
         return _run_segment(parts, layout=layout, agreement=agreement, world=world)
 
 
@@ -128,11 +133,54 @@ def _check_means(place: Place, config: Config) -> None:
     check_optimizer(config.optimizer)
 
 
-def _make_folder(run: Path) -> None:
+def _device_type(place: Place) -> str:
+    """Where this rank computes; on the CPU our own ranks have one thread each."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if place.started_by == "milepost":
+        torch.set_num_threads(1)
+    return "cpu"
+
+
+def _prepare_torch(config: Config, *, world: World) -> None:
+    check_compiler(config, device=world.device)
+    if config.train.deterministic:
+        make_deterministic(device=world.device)
+
+
+def _watch_steps(parts: LoopParts, *, world: World, until: contextlib.ExitStack) -> None:
+    """Has each step watched where a collective that hangs would end the process without a word."""
+    if world.device.type == "cuda" and world.size > 1:
+        watchdog = Watchdog(world)
+        until.callback(watchdog.close)
+        parts.watching = watchdog.watching
+
+
+def _start(
+    parts: LoopParts,
+    *,
+    opened: OpenedRun | None,
+    subject: Subject,
+    world: World,
+    layout: RunLayout,
+    tracking: Tracking,
+) -> None:
+    """What the main rank does when all is built, before the first update."""
+    assert opened is not None
+    say(subject.introduction(opened.config))
+    start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
+    tracking.start(opened.config.tracking, events=opened.events)
+    parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
+
+
+def _take_folder(layout: RunLayout, *, until: contextlib.ExitStack) -> None:
+    """Makes the run folder where there is none, and locks it."""
+    run = layout.root
     if run.exists() and not run.is_dir():
         raise UsageError(f"{run} is not a folder", hint="choose another name with --run")
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
+    until.enter_context(exclusive_lock(layout.lock, what=str(run)))
 
 
 def _resolver(world: World) -> Callable[[Config], Config]:
@@ -170,8 +218,10 @@ def _run_segment(
             was_stopped = run_loop(parts)
     except MilepostError as error:
         _record_failure(parts, error, seconds_before=seconds_before)
-        if isinstance(error, DivergedError):
+        if isinstance(error, GuardStopped):
             _wait_for_main(world)
+            if not world.is_main:
+                raise MainRankFailed(error.exit_code) from error
         raise
     if parts.events is None:
         return {"status": "stopped"} if was_stopped else None

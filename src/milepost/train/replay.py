@@ -35,6 +35,11 @@ class ReplayCheck:
         if any(before.get(name) != fields[name] for name in COMPARED):
             self._differing.append(step)
 
+    def forget_after(self, step: int) -> None:
+        """Takes no notice of later steps: a rollback undid them."""
+        self._expected = {s: e for s, e in self._expected.items() if s <= step}
+        self._last = min(self._last, step)
+
     def report_if_done(self, step: int, *, events: EventWriter, is_last: bool) -> None:
         """Says and records the result once: when the last logged step has been run again, or
         when the segment ends before.

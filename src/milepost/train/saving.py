@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from milepost.checkpoint.finite import refuse_what_is_not_finite
 from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.retention import drop_old_train_states
 from milepost.checkpoint.state import Progress, TrainState
@@ -38,6 +39,8 @@ class CheckpointWriter:
         weights_file: the name of the weights' own.
         good_step: the newest step whose train state is known to be whole, as it was verified at
             the start or written by this process; 0 where there is none. Retention keeps it.
+        keeps_for_rollback: whether retention keeps what a rollback may need, beside the rest.
+        first_step: that the run began at.
     """
 
     layout: RunLayout
@@ -47,6 +50,8 @@ class CheckpointWriter:
     events: EventWriter
     good_step: int
     weights_file: str = MODEL_FILE
+    keeps_for_rollback: bool = False
+    first_step: int = 0
 
     def write(self, state: TrainState, *, waited_seconds: float) -> None:
         """Writes a checkpoint, records it, then drops what retention says.
@@ -80,6 +85,8 @@ class CheckpointWriter:
             good_step=self.good_step,
             keep=self.config.keep_train_state,
             every_steps=self.config.keep_train_state_every_steps,
+            scheduled=self.config.every_steps if self.keeps_for_rollback else None,
+            first_step=self.first_step,
             record=lambda step: self.events.append_durably("train_state_dropped", step=step),
         )
 
@@ -155,6 +162,7 @@ class Saver:
 
         Raises:
             StorageError: the save before failed.
+            DivergedError: its weights or moments were not finite.
         """
         if progress.step == self._saved_step:
             return
@@ -172,14 +180,24 @@ class Saver:
         self._writing = self._thread.submit(self._write, copied, waited_seconds=waited_seconds)
         self._saved_step = progress.step
 
+    def rewind(self, step: int) -> None:
+        """Takes note of a rollback to a step that is saved, or to 0; no save is under way."""
+        assert self._writing is None
+        self._saved_step = self._writer.good_step = step
+
     def _write(self, state: TrainState, *, waited_seconds: float) -> None:
         """What the writing thread does."""
         try:
+            refuse_what_is_not_finite(state)
             self._writer.write(state, waited_seconds=waited_seconds)
         finally:
             if self._mark is not None:
                 with contextlib.suppress(OSError):
                     self._mark.unlink()
+
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._writing is not None and not self._writing.done()
 
     def raise_failure(self, progress: Progress) -> None:
         """Raises what went wrong with a save that has ended by now; does not wait."""
@@ -191,6 +209,7 @@ class Saver:
 
         Raises:
             StorageError: it failed; earlier checkpoints are as they were.
+            DivergedError: weights or moments were not finite; nothing was written.
             MilepostError: there was no memory for it.
         """
         writing, self._writing = self._writing, None

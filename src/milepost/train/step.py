@@ -1,10 +1,10 @@
-"""One update: microbatches forward and backward, lanes summed, clipped, refused or applied."""
+"""One update: microbatches forward and backward, lanes summed, judged, clipped and applied."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,45 @@ FIRST_LOSS_SCALE = 65536.0
 SMALLEST_LOSS_SCALE = 1.0
 STEPS_TO_DOUBLE_SCALE = 2000
 
+DIVERGED_HINT = (
+    "lower optimizer.learning_rate, lengthen the warm-up, or look at the data of this step with "
+    "milepost data inspect"
+)
+
+
+class Judgement(Protocol):
+    """What was decided of an update."""
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether it may touch the weights."""
+
+
+Judge = Callable[[float, float], Judgement]
+"""Decides of an update before it touches anything, from its mean loss and its norm before
+clipping; every rank has the same two and decides the same."""
+
+
+class Applied:
+    """The judgement of what is applied."""
+
+    is_applied = True
+
+
+def refuse_what_is_not_finite(loss_nats: float, grad_norm: float) -> Applied:
+    """The judge of those who train without guards.
+
+    Raises:
+        DivergedError: loss or norm is not finite; weights and moments are untouched.
+    """
+    if math.isfinite(grad_norm) and math.isfinite(loss_nats):
+        return Applied()
+    raise DivergedError(
+        f"loss {loss_nats:g}, gradient norm {grad_norm:g}: not finite; "
+        "the update was refused and the weights are as they were",
+        hint=DIVERGED_HINT,
+    )
+
 
 class Objective(Protocol):
     """The forward pass of one microbatch and its loss."""
@@ -38,19 +77,21 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update gave.
+    """What one update gave, or would have.
 
     Attributes:
         loss_nats: mean over the global batch's target tokens.
         grad_norm: L2, before clipping.
         num_repeats: float16 overflows that made the batch run again.
         is_stop_requested: whether any rank was asked to stop.
+        is_applied: whether it touched the weights.
     """
 
     loss_nats: float
     grad_norm: float
     num_repeats: int
     is_stop_requested: bool
+    is_applied: bool
 
 
 @dataclass
@@ -59,6 +100,10 @@ class LossScale:
 
     value: float = 1.0
     steps_at_scale: int = 0
+
+    def copy(self) -> LossScale:
+        """Another one that is equal now."""
+        return replace(self)
 
     def after_update(self, *, precision: str) -> None:
         """Counts one finite update."""
@@ -102,19 +147,29 @@ class Stepper:
         self._world = world
         self.loss_scale = loss_scale
 
+    def set_loss_scale(self, value: float, steps_at_scale: int) -> None:
+        """Sets the scale back to that of a train state."""
+        self.loss_scale = LossScale(value, steps_at_scale)
+
     def run_step(
-        self, batch: Batch, *, learning_rate: float, stop_requested: Callable[[], bool]
+        self,
+        batch: Batch,
+        *,
+        learning_rate: float,
+        stop_requested: Callable[[], bool],
+        judge: Judge = refuse_what_is_not_finite,
     ) -> StepResult:
         """One update with one global batch; every rank must call.
+
+        What is refused leaves weights, moments and loss scale as they were.
 
         Args:
             batch: the whole global batch, on every rank.
             learning_rate: of this update.
             stop_requested: asked once, after the backward passes.
-
-        Raises:
-            DivergedError: loss or norm is not finite; weights and moments are untouched.
+            judge: asked before anything is changed; it may raise.
         """
+        before = self.loss_scale.copy()
         num_repeats = 0
         while True:
             loss_nats, is_stopping = self._accumulate(batch, stop_requested)
@@ -122,20 +177,22 @@ class Stepper:
             if self.loss_scale.value != 1.0:
                 flat.div_(self.loss_scale.value)
             grad_norm = float(torch.linalg.vector_norm(flat))
-            if math.isfinite(grad_norm) and math.isfinite(loss_nats):
+            if not self._has_overflowed(loss_nats, grad_norm):
                 break
-            overflowed = self._config.train.precision == "float16" and math.isfinite(loss_nats)
-            if not overflowed or self.loss_scale.value <= SMALLEST_LOSS_SCALE:
-                raise DivergedError(
-                    f"loss {loss_nats:g}, gradient norm {grad_norm:g}: not finite; "
-                    "the update was refused and the weights are as they were",
-                    hint="lower optimizer.learning_rate, lengthen the warm-up, or look at the "
-                    "data of this step with milepost data inspect",
-                )
             self.loss_scale.after_overflow()
             num_repeats += 1
-        self._update(flat, grad_norm, learning_rate)
-        return StepResult(loss_nats, grad_norm, num_repeats, is_stopping)
+        after, self.loss_scale = self.loss_scale, before
+        is_applied = judge(loss_nats, grad_norm).is_applied
+        if is_applied:
+            self.loss_scale = after
+            self._update(flat, grad_norm, learning_rate)
+        return StepResult(loss_nats, grad_norm, num_repeats, is_stopping, is_applied)
+
+    def _has_overflowed(self, loss_nats: float, grad_norm: float) -> bool:
+        """Whether a lower loss scale may help: float16's gradients alone are not finite."""
+        is_scaled = self._config.train.precision == "float16"
+        is_scaled &= self.loss_scale.value > SMALLEST_LOSS_SCALE
+        return is_scaled and math.isfinite(loss_nats) and not math.isfinite(grad_norm)
 
     def _accumulate(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[float, bool]:
         """Forward and backward over this rank's lanes; mean loss and whether to stop, agreed."""

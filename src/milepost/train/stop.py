@@ -1,5 +1,5 @@
-"""Requests to stop: SIGTERM, a closed terminal and the first Ctrl-C save and leave, the second
-Ctrl-C leaves at once.
+"""Requests to stop: SIGTERM, SIGUSR1, a closed terminal and the first Ctrl-C save and leave, the
+second Ctrl-C leaves at once.
 """
 
 from __future__ import annotations
@@ -44,5 +44,7 @@ class StopSignal:
             os._exit(LEFT_AT_ONCE_EXIT_CODE)
 
 
-ASKING = (signal.SIGTERM, signal.SIGHUP)
-"""A process that has no launcher answers Ctrl-C in a way of its own."""
+ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is the warning that Slurm sends. A process that has no launcher answers Ctrl-C in a way
+of its own.
+"""

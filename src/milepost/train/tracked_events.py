@@ -41,8 +41,8 @@ class TrackedEvents:
     """Passes on what is new and no repetition.
 
     Steps that are run again after a resume are in the history twice, and are passed on once.
-    Where a segment is labelled approximate the second time may differ: a tracker that can take
-    back forgets the first, and each gets the second.
+    Where a segment is labelled approximate the second time may differ, and after a rollback it
+    will: a tracker that can take back forgets the first, and each gets the second.
 
     Args:
         tracker: to be told.
@@ -58,16 +58,17 @@ class TrackedEvents:
 
     def remember(self, event: Event) -> None:
         """Takes note of an event that the tracker was told of in an earlier segment."""
-        if _departs(event):
-            restored = event.get("restored_step") or 0
-            self._told = {key for key in self._told if key[0] <= restored}
+        last = _last_that_counts(event)
+        if last is not None:
+            self._told = {key for key in self._told if key[0] <= last}
         if metrics_of(event):
             self._told.add(_key(event))
 
     def tell(self, event: Event) -> None:
         """Tells the tracker of an event, if it is one for it."""
-        if _departs(event):
-            self._tracker.rewind((event.get("restored_step") or 0) + 1)
+        last = _last_that_counts(event)
+        if last is not None:
+            self._tracker.rewind(last + 1)
         metrics = metrics_of(event)
         is_new = bool(metrics) and _key(event) not in self._told
         self.remember(event)
@@ -80,9 +81,14 @@ class TrackedEvents:
         self.num_rows += 1
 
 
-def _departs(event: Event) -> bool:
-    """Whether a segment may come to other numbers than the one before it."""
-    return event.get("kind") == "segment_started" and event.get("exactness") != "exact"
+def _last_that_counts(event: Event) -> int | None:
+    """The step after which other numbers may come than those before the event; None of most."""
+    kind = event.get("kind")
+    if kind == "rolled_back" and _is_number(event.get("to_step")):
+        return int(event["to_step"])
+    if kind == "segment_started" and event.get("exactness") != "exact":
+        return event.get("restored_step") or 0
+    return None
 
 
 def _key(event: Event) -> tuple[int, str, str | None]:

@@ -1,7 +1,8 @@
 """Everything a run's files say, read once into plain tables by step.
 
 Reads what `milepost.runs` defines and changes nothing. Of two entries for a step the later in the
-file counts; a value that is missing, not a number or not finite is None.
+file counts, and none that a rollback undid; a value that is missing, not a number or not finite is
+None.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from milepost.core.errors import CheckpointError
 from milepost.core.files import read_json_lines
 from milepost.runs.answers import Answers, read_answers
 from milepost.runs.evaluations import EvaluationStore
-from milepost.runs.events import SCHEMA_VERSION, Event, History, read_history
+from milepost.runs.events import SCHEMA_VERSION, Event, History, present_events, read_history
 from milepost.runs.exact_answers import ExactAnswers, read_exact_answers
 from milepost.runs.layout import RunLayout
 from milepost.runs.manifest import RunManifest, read_run_manifest
@@ -25,6 +26,7 @@ from milepost.runs.probes import read_probes
 from milepost.runs.records import read_samples
 from milepost.trajectory.benchmarks import Series, main_series, series_of
 from milepost.trajectory.fields import all_finite, finite, text, whole
+from milepost.trajectory.refused import GUARD_KINDS, Refused, refused_of
 from milepost.trajectory.segments import Segment, segments_of
 
 STEP_FIELDS = (
@@ -52,6 +54,7 @@ TOLD_ELSEWHERE = frozenset(
         "replayed",
         "checkpoint_saved",
         "train_state_dropped",
+        *GUARD_KINDS,
     ]
 )
 """Kinds that have their own place in the report; the others are counted in the summary."""
@@ -116,6 +119,7 @@ class Trajectory:
         num_bad_lines: file name to lines that were skipped because they could not be read.
         other_events: kind to count, of the kinds that have no place of their own.
         batches: step to the hash of its batch, where it is on record.
+        refused: what the guards refused.
         probes: lines of what small changes of a prompt did.
         answers: of a fine-tuning: to its questions, before and after; None where there are none.
         exact_answers: likewise, to questions with one right answer.
@@ -135,6 +139,7 @@ class Trajectory:
     num_bad_lines: dict[str, int]
     other_events: dict[str, int]
     batches: dict[int, str]
+    refused: Refused
     probes: list[dict[str, Any]]
     answers: Answers | None = None
     exact_answers: ExactAnswers | None = None
@@ -179,13 +184,15 @@ def collect(run: Path) -> Trajectory:
     history, num_foreign = _known_events(read_history(layout.events), path=layout.events)
     # What the run is made of now: a page that showed the first recipe would describe another run.
     config = config_with_overrides(manifest.config, history=history)
+    present = History(present_events(history.events), history.num_bad_lines)
     manifest = replace(manifest, config=config)
     samples, num_bad_samples = read_samples(layout.samples)
     probes, num_bad_probes = read_probes(layout.probes)
     lines, num_bad_lines = read_json_lines(layout.evaluations)
     records = [line for line in lines if isinstance(line.get("key"), str) and "run_id" in line]
     own, left_out = _own_records(records, layout=layout, run_id=manifest.run_id)
-    benchmarks, num_empty = series_of(own)
+    undone = _undone(history.events, present.events)
+    benchmarks, num_empty = series_of(_without(own, undone))
     bad = {
         layout.events.name: history.num_bad_lines + num_foreign,
         layout.evaluations.name: num_bad_lines + len(lines) - len(records) + num_empty,
@@ -196,18 +203,19 @@ def collect(run: Path) -> Trajectory:
     return Trajectory(
         layout=layout,
         manifest=manifest,
-        steps=_table(history.of_kind("step"), STEP_FIELDS),
-        validation=_table(history.of_kind("validation"), VALIDATION_FIELDS),
+        steps=_table(present.of_kind("step"), STEP_FIELDS),
+        validation=_table(present.of_kind("validation"), VALIDATION_FIELDS),
         hellaswag=_table(_hellaswag_scores(benchmarks), HELLASWAG_FIELDS),
         benchmarks=benchmarks,
         left_out_scores=left_out,
         segments=segments_of(history.events),
         checkpoints=_checkpoints(history.events),
-        samples=samples,
+        samples=_without(samples, undone),
         num_bad_lines={name: count for name, count in bad.items() if count},
         other_events=_other_events(history.events),
-        batches=_batches(history.of_kind("step")),
-        probes=probes,
+        batches=_batches(present.of_kind("step")),
+        refused=refused_of(history.events),
+        probes=_without(probes, undone),
         answers=answers,
         exact_answers=exact_answers,
         answers_problem=answers_problem,
@@ -250,6 +258,36 @@ def _own_records(
     whole_ones = [record for record in own.values() if store.is_whole(record)]
     num_foreign = sum(record["run_id"] != run_id for record in records)
     return whole_ones, LeftOut(num_foreign, len(own) - len(whole_ones))
+
+
+_NAMED_BY = (
+    ("checkpoint_saved", "sha256", "checkpoint_sha256"),
+    ("evaluation", "key", "key"),
+    ("sample", "sample_id", "sample_id"),
+)
+"""Kind of event, its field, and the field of the records that it names."""
+
+
+def _undone(events: Sequence[Event], present: Sequence[Event]) -> set[tuple[str, str]]:
+    """What records are known by that a rollback undid: field and value, of no present event."""
+
+    def named(found: Sequence[Event]) -> set[tuple[str, str]]:
+        fields = {kind: (field, record_field) for kind, field, record_field in _NAMED_BY}
+        known = ((fields[e["kind"]], e) for e in found if e["kind"] in fields)
+        return {(record_field, str(event.get(field))) for (field, record_field), event in known}
+
+    return named(events) - named(present)
+
+
+def _without(
+    records: Sequence[dict[str, Any]], undone: set[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    fields = [record_field for *_, record_field in _NAMED_BY]
+    return [
+        record
+        for record in records
+        if not any((field, str(record.get(field))) in undone for field in fields)
+    ]
 
 
 def _table(events: Iterable[Event], fields: Sequence[str]) -> Table:

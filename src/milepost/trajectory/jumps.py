@@ -13,6 +13,7 @@ from statistics import median
 
 from milepost.config.recipe import is_harmless
 from milepost.core.spikes import MIN_HISTORY, RELATIVE_FLOOR, find_spikes, robust_z
+from milepost.runs.lineage import restore_words
 from milepost.runs.metric_names import GRAD_NORM, STEP_METRICS, TRAIN_LOSS, VAL_LOSS
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.fields import text
@@ -42,8 +43,6 @@ MIN_BLOCK_HISTORY = 8
 block have to be known before it."""
 
 MAX_FIELDS_NAMED = 3
-
-_RESTORED = {"full": "everything", "weights": "weights only", "nothing": "nothing"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _resume_words(step: int, segment: Segment, *, before: Segment) -> str:
     restored, replay = segment.say("restored"), segment.replay
     told = f"the resume at {step:,}"
     if restored is not None:
-        told += f" that restored {_RESTORED.get(restored, restored)}"
+        told += f" that restored {restore_words(restored)}"
     old_ranks, ranks = before.count("ranks"), segment.count("ranks")
     if ranks is not None and old_ranks is not None and ranks != old_ranks:
         told += f", on {plural(ranks, 'rank')} in place of {old_ranks}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from milepost.config.recipe import as_plain
 from milepost.config.schema import Config
+from milepost.runs.lineage import lineage_of, restore_text
 from milepost.runs.manifest import RunManifest
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.course import Course
@@ -96,7 +97,24 @@ def commands(trajectory: Trajectory, *, recipe: str) -> list[str]:
     if config.is_finetuning:
         base, data = shlex.quote(config.finetune.base), shlex.quote(config.finetune.data)
         return [f"milepost finetune {base} {shlex.quote(recipe)} --data {data} --run {again}"]
-    return [*inspect, f"milepost train {shlex.quote(recipe)} --run {again}"]
+    train = f"milepost train {shlex.quote(recipe)} --run {again}"
+    if "imported_from" in trajectory.manifest.lineage:
+        made = _import_command(trajectory, run=again)
+        return [*inspect, made, *([train] if any(s.number for s in trajectory.segments) else [])]
+    if (lineage := lineage_of(trajectory.manifest.lineage)) is not None:
+        parent = shlex.quote(f"{lineage.run}:{lineage.step}")
+        train += f" --from {parent} --restore {restore_text(lineage.parts)}"
+    return [*inspect, train]
+
+
+def _import_command(trajectory: Trajectory, *, run: str) -> str:
+    manifest = trajectory.manifest
+    words = [f"milepost import {shlex.quote(str(manifest.lineage['imported_from']))} --run {run}"]
+    if path := manifest.config.data.path:
+        words.append(f"--data {shlex.quote(path)}")
+    if step := min((saved.step for saved in trajectory.checkpoints), default=0):
+        words.append(f"--step {step}")
+    return " ".join(words)
 
 
 def same_where(config: Config) -> str:

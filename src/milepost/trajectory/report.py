@@ -19,7 +19,13 @@ from milepost.trajectory.data_files import data_files
 from milepost.trajectory.figures.benchmark_figures import draw_benchmarks, plots_of
 from milepost.trajectory.figures.hover import hover_json
 from milepost.trajectory.figures.mark_drawing import band_shades
-from milepost.trajectory.figures.marks import marks_in_words, marks_of, spans_in_words, spans_of
+from milepost.trajectory.figures.marks import (
+    marks_in_words,
+    marks_of,
+    refusals_of,
+    spans_in_words,
+    spans_of,
+)
 from milepost.trajectory.figures.panel_kinds import PANEL_KINDS, PanelKind
 from milepost.trajectory.figures.panels import draw_panels
 from milepost.trajectory.figures.scale import MISSING, Scale, scale_of
@@ -176,7 +182,7 @@ def _figures(subject: Subject) -> dict[str, Any]:
     plots = plots_of(subject)
     small = draw_benchmarks(plots, scale=_scale_of_scores(subject, scale))
     hovers = [*(panel.hover for panel in panels), *(panel.hover for panel in small)]
-    marks = marks_of(subject)
+    marks = [*marks_of(subject), *refusals_of(subject)]
     spans = spans_of(subject.run) if subject.run else []
     used = {v.name for plot in plots for v in plot.levels if v.is_baseline}
     baselines = [course for course in subject.baselines if course.name in used]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milepost.core.units import format_bytes, format_duration
+from milepost.runs.lineage import restore_words
 from milepost.trajectory.benchmarks import Series
 from milepost.trajectory.collect import Checkpoint
 from milepost.trajectory.fields import text
@@ -145,8 +146,10 @@ def _started_from(segment: Segment, *, first_weights: str) -> str:
     restored = segment.say("restored")
     if segment.restored_step is None:
         return first_weights
-    what = {"full": "everything", "weights": "weights only", "nothing": "nothing"}
-    return f"step {segment.restored_step:,}, restored: {what.get(restored or '', UNKNOWN)}"
+    what = UNKNOWN if restored is None else restore_words(restored)
+    if (parent := segment.say("parent")) is not None:
+        return f"{parent}, restored: {what}"
+    return f"step {segment.restored_step:,}, restored: {what}"
 
 
 def _exactness(segment: Segment) -> str:

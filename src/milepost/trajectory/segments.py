@@ -96,9 +96,10 @@ def segments_of(events: Sequence[Event]) -> list[Segment]:
     logged: dict[int, Event] = {}
     segments = []
     for number in sorted(by_segment):
-        steps = _step_events(by_segment[number])
-        segments.append(_segment(number, by_segment[number], steps, logged=logged))
-        logged |= {event["step"]: event for event in steps}
+        own = by_segment[number]
+        steps = _step_events(own)
+        segments.append(_segment(number, own, steps, logged=logged))
+        logged = _logged_after(logged, own)
     return segments
 
 
@@ -117,9 +118,20 @@ def _segment(
         end_reason=(text(last.get("reason")) or "unknown") if last else None,
         training_seconds=counted_seconds if told_seconds is None else told_seconds,
         wall_seconds=_wall_seconds(events),
-        replay=_replay(events, steps, logged=logged),
+        replay=_replay(events, logged=logged),
         is_resume=bool(logged) or (number > 1 and first.get("restored_step") is not None),
     )
+
+
+def _logged_after(logged: dict[int, Event], events: list[Event]) -> dict[int, Event]:
+    """The steps that count after these events: a rollback undoes those that are later than it."""
+    found = dict(logged)
+    for event in events:
+        last = whole(event.get("to_step")) if event["kind"] == "rolled_back" else None
+        if last is not None:
+            found = {step: before for step, before in found.items() if step <= last}
+        found |= {e["step"]: e for e in _step_events([event])}
+    return found
 
 
 def _step_events(events: list[Event]) -> list[Event]:
@@ -140,7 +152,7 @@ def _first_time(events: Iterable[Event]) -> float | None:
     return next((time for time in times if time is not None), None)
 
 
-def _replay(events: list[Event], steps: list[Event], *, logged: dict[int, Event]) -> Replay | None:
+def _replay(events: list[Event], *, logged: dict[int, Event]) -> Replay | None:
     told = {event.get("from_step"): event for event in events if event["kind"] == "replayed"}
     if told:
         return Replay(
@@ -149,7 +161,9 @@ def _replay(events: list[Event], steps: list[Event], *, logged: dict[int, Event]
             differing_steps=sorted(step for event in told.values() for step in _differing(event)),
             found_here=False,
         )
-    again = [event for event in steps if event["step"] in logged]
+    rollbacks = (place for place, e in enumerate(events) if e["kind"] == "rolled_back")
+    before_rollback = _step_events(events[: next(rollbacks, len(events))])
+    again = [event for event in before_rollback if event["step"] in logged]
     if not again:
         return None
     differing = sorted({e["step"] for e in again if not _are_equal(e, logged[e["step"]])})

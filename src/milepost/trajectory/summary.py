@@ -9,10 +9,12 @@ from statistics import median
 from typing import Any
 
 from milepost.core.units import format_count, format_duration
+from milepost.runs.lineage import FULL, lineage_of, restore_text, restore_words
 from milepost.trajectory.benchmarks import Series, main_series
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.finetuning import finetuning_of
 from milepost.trajectory.finetuning import numbers as finetuning_numbers
+from milepost.trajectory.refused import refused_sentences
 from milepost.trajectory.sections.tuning import changed_sentences, tuned_sentence
 from milepost.trajectory.sections.wording import enumerate_words, plural
 from milepost.trajectory.segments import Segment
@@ -45,13 +47,29 @@ def paragraphs(trajectory: Trajectory) -> list[str]:
         progress = [tuned_sentence(tuned), _progress(trajectory, noun="answer token")]
         outcome = changed_sentences(trajectory, tuned)
     written = (
-        [*progress, _segments(trajectory.segments), *_stale(trajectory)],
+        [*progress, *_origin(trajectory), _segments(trajectory.segments), *_stale(trajectory)],
         _exactness(trajectory.segments),
+        refused_sentences(trajectory.refused),
         [*outcome, _speed(trajectory, noun="token" if tuned is None else "position")],
         [*_benchmarks(trajectory), *left_out(trajectory)],
         [*_missing(trajectory), *_others(trajectory), *_unreadable(trajectory)],
     )
     return [" ".join(sentences) for sentences in written if sentences]
+
+
+def _origin(trajectory: Trajectory) -> list[str]:
+    """Where a run began that was made from a checkpoint of another."""
+    lineage = lineage_of(trajectory.manifest.lineage)
+    if lineage is None:
+        return []
+    restored = restore_words(restore_text(lineage.parts))
+    told = f"It began with step {lineage.step:,} of {lineage.run.name}, restored: {restored}."
+    if lineage.changed:
+        fields = enumerate_words(list(lineage.changed))
+        told += (
+            f" Against that run {fields} {'is' if len(lineage.changed) == 1 else 'are'} changed."
+        )
+    return [told]
 
 
 def numbers(trajectory: Trajectory) -> dict[str, Any]:
@@ -81,6 +99,8 @@ def numbers(trajectory: Trajectory) -> dict[str, Any]:
         "training_seconds": sum(s.training_seconds for s in trajectory.segments),
         "wall_seconds": wall_seconds(trajectory.segments),
         "missing_steps": num_missing(trajectory),
+        "skipped_batches": len(trajectory.refused.skips),
+        "rollbacks": len(trajectory.refused.rollbacks),
         "unreadable_lines": trajectory.num_bad_lines,
     }
 
@@ -207,9 +227,9 @@ def _exactness(segments: Sequence[Segment]) -> list[str]:
         for reason, count in reasons.items()
     ]
     for segment in resumes:
-        if segment.say("restored") in ("weights", "nothing"):
-            what = {"weights": "weights only", "nothing": "nothing"}[str(segment.say("restored"))]
-            told.append(f"Segment {segment.number} restored {what}.")
+        restored = segment.say("restored")
+        if restored not in (None, FULL):
+            told.append(f"Segment {segment.number} restored {restore_words(str(restored))}.")
     return told
 
 

@@ -1,4 +1,4 @@
-"""Marks of restarts, hardware, checkpoints and world size on the axes of a panel."""
+"""Marks of restarts, hardware, refusals, checkpoints and world size on the axes of a panel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from milepost.trajectory.figures.drawing import PLACEHOLDERS
-from milepost.trajectory.figures.marks import Mark, Span, marks_of, spans_of
+from milepost.trajectory.figures.marks import Mark, Span, marks_of, refusals_of, spans_of
 from milepost.trajectory.figures.scale import Scale, StepPlaces
 from milepost.trajectory.subject import Subject
 
@@ -17,7 +17,11 @@ LETTER_WIDTH = 6.2
 """Of the labels above the axes, in units of the drawing area, on average; on a phone, where
 style.css makes letters larger."""
 
-RESTART_DASHES, HARDWARE_DASHES = (3, 2.5), (9, 2, 2, 2)
+DASHES = {"restart": (3, 2.5), "hardware": (9, 2, 2, 2), "rollback": (1, 1.5)}
+"""Of the lines of marks, by their kind."""
+
+SKIP_HEIGHT = 0.985
+"""Of the marks of skipped batches, in the axes' own height."""
 
 BAND_TOP, BAND_BOTTOM = -0.022, -0.056
 """Of the world size, under the axes, in their height."""
@@ -42,7 +46,7 @@ def axis_marks_of(subject: Subject, *, scale: Scale) -> AxisMarks:
     """The marks of the main course."""
     run = subject.run
     return AxisMarks(
-        marks=marks_of(subject),
+        marks=[*marks_of(subject), *refusals_of(subject)],
         spans=spans_of(run) if run else [],
         checkpoints=[checkpoint.step for checkpoint in run.checkpoints] if run else [],
         places=StepPlaces(subject.course, axis=scale.axis),
@@ -51,27 +55,28 @@ def axis_marks_of(subject: Subject, *, scale: Scale) -> AxisMarks:
 
 def draw_marks(axes: Any, marks: AxisMarks) -> None:
     """All marks; the horizontal axis must have its range."""
-    _draw_restarts(axes, marks)
+    _draw_lines(axes, marks)
+    _draw_skips(axes, marks)
     _draw_checkpoints(axes, marks)
     if marks.has_band:
         _draw_band(axes, marks)
 
 
-def _draw_restarts(axes: Any, marks: AxisMarks) -> None:
+def _draw_lines(axes: Any, marks: AxisMarks) -> None:
     room = axes.bbox.width
     to_axes = axes.transData + axes.transAxes.inverted()
     # The change of a machine is named before a plain restart that has no room beside it.
     taken: list[tuple[float, float]] = []
-    placed = zip(marks.marks, marks.places.at(mark.step for mark in marks.marks), strict=True)
-    for mark, x in sorted(placed, key=lambda pair: (pair[0].kind != "hardware", pair[0].step)):
+    lines = [mark for mark in marks.marks if mark.kind != "skip"]
+    placed = zip(lines, marks.places.at(mark.step for mark in lines), strict=True)
+    for mark, x in sorted(placed, key=lambda pair: (pair[0].kind == "restart", pair[0].step)):
         if not np.isfinite(x):
             continue
-        is_change = mark.kind == "hardware"
         axes.axvline(
             x,
             color=PLACEHOLDERS["mark"],
-            linewidth=1.4 if is_change else 1,
-            dashes=HARDWARE_DASHES if is_change else RESTART_DASHES,
+            linewidth=1 if mark.kind == "restart" else 1.4,
+            dashes=DASHES[mark.kind],
             zorder=1,
         )
         half = LETTER_WIDTH * len(mark.label) / 2 / room
@@ -89,6 +94,22 @@ def _draw_restarts(axes: Any, marks: AxisMarks) -> None:
                 color=PLACEHOLDERS["mark"],
                 size=9.5,
             )
+
+
+def _draw_skips(axes: Any, marks: AxisMarks) -> None:
+    places = marks.places.at(mark.step for mark in marks.marks if mark.kind == "skip")
+    if len(places):
+        axes.plot(
+            places,
+            np.full(len(places), SKIP_HEIGHT),
+            transform=axes.get_xaxis_transform(),
+            color=PLACEHOLDERS["mark"],
+            linestyle="none",
+            marker="v",
+            markersize=4,
+            clip_on=False,
+            gid="skips",
+        )
 
 
 def _draw_checkpoints(axes: Any, marks: AxisMarks) -> None:

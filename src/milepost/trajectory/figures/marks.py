@@ -1,4 +1,6 @@
-"""What a curve does not show by itself: where training began anew, and on what it ran."""
+"""What a curve does not show by itself: where training began anew, on what it ran, and where
+batches were refused.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from milepost.runs.lineage import FULL, restore_words
 from milepost.trajectory.collect import Trajectory
 from milepost.trajectory.fields import text
 from milepost.trajectory.sections.wording import enumerate_words, plural
@@ -19,7 +22,7 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Mark:
-    """A step at which training began anew.
+    """A step at which training began anew, or refused a batch.
 
     Attributes:
         kind: "hardware" where the number of ranks or the device is another than before.
@@ -28,7 +31,7 @@ class Mark:
     """
 
     step: int
-    kind: Literal["restart", "hardware"]
+    kind: Literal["restart", "hardware", "rollback", "skip"]
     label: str
     words: str
 
@@ -54,6 +57,22 @@ def marks_of(subject: Subject) -> list[Mark]:
     return [_together(found[step]) for step in sorted(found)]
 
 
+def refusals_of(subject: Subject) -> list[Mark]:
+    """The rollbacks, each where it led to, and the steps at which a batch was skipped."""
+    if subject.run is None:
+        return []
+    refused = subject.run.refused
+    back: dict[int, list[int]] = {}
+    for rollback in refused.rollbacks:
+        back.setdefault(rollback.to_step, []).append(rollback.from_step)
+    marks = [
+        Mark(step, "rollback", "rollback", f"from {', '.join(f'{s:,}' for s in back[step])}")
+        for step in sorted(back)
+    ]
+    skipped = sorted({skip.step for skip in refused.skips})
+    return marks + [Mark(step, "skip", "", "skipped") for step in skipped]
+
+
 def spans_of(run: Trajectory) -> list[Span]:
     """The world size along the steps; a step belongs to the segment whose values count."""
     ranks = {segment.number: segment.count("ranks") for segment in run.segments}
@@ -73,12 +92,18 @@ def marks_in_words(marks: Sequence[Mark]) -> str:
     """'Restarts at steps 400 and 500; hardware changed at step 700 (1 → 2 ranks).'; '' for none."""
     restarts = [f"{mark.step:,}" for mark in marks if mark.kind == "restart"]
     changes = [f"{mark.step:,} ({mark.words})" for mark in marks if mark.kind == "hardware"]
+    back = [f"{mark.step:,} ({mark.words})" for mark in marks if mark.kind == "rollback"]
+    skipped = [f"{mark.step:,}" for mark in marks if mark.kind == "skip"]
     told = []
     if restarts:
         told.append(f"Restarted at {_named('step', restarts)}")
     if changes:
         started = "hardware changed" if told else "Hardware changed"
         told.append(f"{started} at {_named('step', changes)}")
+    if back:
+        told.append(f"{'rolled' if told else 'Rolled'} back to {_named('step', back)}")
+    if skipped:
+        told.append(f"{'batches' if told else 'Batches'} skipped at {_named('step', skipped)}")
     return "; ".join(told) + "." if told else ""
 
 
@@ -106,9 +131,9 @@ def _mark(before: Segment, segment: Segment) -> Mark:
     step = segment.resumed_at
     assert step is not None
     ranks, devices = _change_of_ranks(before, segment), _change_of_device(before, segment)
-    loss = {"weights": "weights only", "nothing": "nothing restored"}.get(
-        segment.say("restored") or "", ""
-    )
+    restored = segment.say("restored")
+    loss = "" if restored in (None, FULL) else restore_words(str(restored))
+    loss = "nothing restored" if loss == "nothing" else loss
     if ranks or devices:
         label = ranks or f"now {_short(_device(segment))}"
         changes = [words for words in (ranks, devices, loss) if words]

@@ -1,0 +1,1 @@
+"""The resume laboratory: what a restart costs, and which part of it costs what."""
