@@ -4,6 +4,7 @@ python benchmarks/data_work.py encode NAME TEXTS.parquet SECONDS
 python benchmarks/data_work.py prepare SOURCE OUT
 python benchmarks/data_work.py peer NAME TEXTS.parquet CACHE
 python benchmarks/data_work.py open FOLDER
+python benchmarks/data_work.py order TOKENS
 """
 
 from __future__ import annotations
@@ -208,11 +209,44 @@ def open_shards(folder: str) -> dict[str, Any]:
     }
 
 
+def order(num_tokens: str) -> dict[str, Any]:
+    """The rows of some batches out of so many tokens, the first and far ones."""
+    from milepost.config.recipe import load_recipe
+    from milepost.data.order import row_ids
+
+    config = load_recipe("dmas-1.7b", overrides=())
+    num_rows, rows_per_step = int(num_tokens) // config.data.sequence_length, config.rows_per_step
+    before = _own_peak_kib()
+    last = num_rows // rows_per_step - 1
+    steps = [last * place // 99 for place in range(100)]
+    started = time.process_time()
+    found = [
+        row_ids(
+            fingerprint="f",
+            seed=1,
+            data_step=step,
+            rows_per_step=rows_per_step,
+            num_rows=num_rows,
+        )
+        for step in steps
+    ]
+    seconds = time.process_time() - started
+    assert len(np.unique(np.concatenate(found))) == len(steps) * rows_per_step
+    return {
+        "tokens": int(num_tokens),
+        "rows": num_rows,
+        "microseconds_per_row": 1e6 * seconds / (len(steps) * rows_per_step),
+        "batch_seconds": seconds / len(steps),
+        "more_memory_bytes": 1024 * (_own_peak_kib() - before),
+    }
+
+
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "encode": encode,
     "prepare": prepare,
     "peer": peer,
     "open": open_shards,
+    "order": order,
 }
 
 if __name__ == "__main__":

@@ -45,7 +45,15 @@ def test_every_question_is_answered_with_the_same_ids(source: Path, tmp_path: Pa
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     asked = {
         question: [r for r in rows if r["question"] == question]
-        for question in ("encoders", "prepare", "prepare, calculated", "peers", "open", "loader")
+        for question in (
+            "encoders",
+            "prepare",
+            "prepare, calculated",
+            "peers",
+            "open",
+            "order",
+            "loader",
+        )
     }
     assert len(asked["encoders"]) == 4 and all(row["is_same"] for row in asked["encoders"])
     parquet, lines = asked["prepare"]
@@ -54,6 +62,9 @@ def test_every_question_is_answered_with_the_same_ids(source: Path, tmp_path: Pa
     assert parquet["peak_bytes"] < 1e9 and lines["peak_bytes"] < 1e9
     assert len(asked["prepare, calculated"]) == 2
     assert len({row["tokens"] for row in asked["peers"]}) == 1
+    assert {"of_encoder_rate", "of_wanted_rate"} <= parquet.keys() & lines.keys()
+    assert asked["order"][0]["rows"] == 10**10 // 1024
+    assert asked["order"][0]["more_memory_bytes"] < 64 << 20
     assert asked["open"][0]["bytes"] == 100 * 10**9
     assert asked["loader"][0]["waited_fraction"] < 0.01
     assert not [path for path in tmp_path.iterdir() if path != source], "it leaves nothing behind"

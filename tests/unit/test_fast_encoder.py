@@ -127,6 +127,97 @@ def test_another_id_in_the_work_stops_it_with_a_clear_word(
     assert seen.value.hint is not None and "pip uninstall fastokens" in seen.value.hint
 
 
+class OfAnotherVersion:
+    """A library that does what a test says where ids are asked for."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self._error = error
+
+    @staticmethod
+    def from_json_str(content: str) -> OfAnotherVersion:
+        return OfAnotherVersion()
+
+    def encode_batch_flat(self, texts: list[str], **options: Any) -> tuple[bytes, bytes]:
+        if self._error is not None:
+            raise self._error
+        return b"", b"\0" * 8
+
+
+class PanicException(BaseException):  # as that of pyo3, which is no Exception either
+    """What the library raises where Rust panics."""
+
+
+@pytest.mark.parametrize(
+    "method", [None, lambda self, texts: [], OfAnotherVersion.encode_batch_flat]
+)
+def test_a_library_of_another_version_is_never_opened(
+    gpt2: Tokenizer, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastokens, "Tokenizer", OfAnotherVersion)
+    monkeypatch.setattr(OfAnotherVersion, "encode_batch_flat", method)
+    with pytest.raises(NoFastEncoderError, match=r"fastokens 0\..* failed: (Type|Index)Error"):
+        open_fast_encoder(gpt2)
+
+
+@pytest.mark.parametrize("error", [PanicException("at 12"), RuntimeError("at 12")])
+def test_a_library_that_fails_in_the_work_is_named_with_what_to_do(
+    gpt2: Tokenizer, error: BaseException
+) -> None:
+    library: Any = OfAnotherVersion(error)
+    fast = FastEncoder(gpt2, encoder=library, name="fastokens 9")
+    with pytest.raises(MilepostError, match=r"fastokens 9 failed: .*: at 12") as seen:
+        fast.encode_batch(["a"])
+    assert seen.value.hint is not None and "the same command goes on" in seen.value.hint
+
+
+def test_ctrl_c_in_the_library_stays_ctrl_c(gpt2: Tokenizer) -> None:
+    library: Any = OfAnotherVersion(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        FastEncoder(gpt2, encoder=library, name="fastokens 9").encode_batch(["a"])
+
+
+def test_a_library_that_panics_at_once_is_never_opened(
+    gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(content: str) -> None:
+        raise PanicException("at 12")
+
+    monkeypatch.setattr(OfAnotherVersion, "from_json_str", panic)
+    monkeypatch.setattr(fastokens, "Tokenizer", OfAnotherVersion)
+    with pytest.raises(NoFastEncoderError, match="fastokens failed: PanicException: at 12"):
+        open_fast_encoder(gpt2)
+
+
+CUT_TEXT = st.text(
+    st.sampled_from(" \t\n\u3000ab1.,'s<|>-é日語。！、ア٣½\u0301\u200d👩"), max_size=120
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(CUT_TEXT | ANY_TEXT)
+def test_a_text_cut_at_every_safe_place_keeps_its_ids(
+    fast_gpt2: FastEncoder, gpt2: Tokenizer, trained: Tokenizer, text: str
+) -> None:
+    whole = gpt2.encode_batch([text])[0].tolist()
+    whole_trained = trained.encode_batch([text])[0].tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (codecs, fast_encoder):
+            patch.setattr(module, "MAX_ENCODED_CHARACTERS", 1)
+        assert gpt2.encode_batch([text])[0].tolist() == whole
+        assert fast_gpt2.encode_unchecked([text])[0].tolist() == whole
+        assert trained.encode_batch([text])[0].tolist() == whole_trained
+
+
+@pytest.mark.parametrize("text", ["日本語の文章、", "漢字。\n", "QmFzZTY0+/9", "f(x)=1;", "line\n"])
+def test_long_texts_without_spaces_are_cut_too(text: str) -> None:
+    long = text * (300_000 // len(text))
+    assert not codecs._has_long_word(long), "it would take the path of 200 bytes a character"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "MAX_ENCODED_CHARACTERS", 1000)
+        assert max(map(len, codecs.parts(long))) < 1100
+        assert "".join(codecs.parts(long)) == long
+
+
 def test_an_encoder_that_gives_another_id_is_never_opened(
     gpt2: Tokenizer, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,8 +300,8 @@ def test_prepared_data_has_the_same_bytes_with_and_without_it(
     monkeypatch.setitem(sys.modules, "fastokens", None)
     run(source, tmp_path / "plain", **options)
     talk = capsys.readouterr().err
-    assert "encoding at the slower rate: fastokens is not installed" in talk
-    assert "pip install 'milepost[fast]'" in talk
+    told = [line for line in talk.splitlines() if "fastokens is not installed" in line]
+    assert len(told) == 1 and "pip install 'milepost[fast]' makes the encoding" in told[0]
     assert content_of(tmp_path / "fast") == content_of(tmp_path / "plain")
 
 

@@ -116,9 +116,8 @@ class Preparation:
         try:
             encoder = fast_encoder(settings.tokenizer, settings.tokenizer_sha256)
         except NoFastEncoderError as problem:
-            say(f"encoding at the slower rate: {problem.message}")
-            if problem.hint:
-                say(f"for the faster one: {problem.hint}")
+            hint = f"; {problem.hint}" if problem.hint else ""
+            say(f"encoding at the slower rate: {problem.message}{hint}")
             return settings
         say(f"encoding with {encoder.name}")
         return dataclasses.replace(settings, is_fast=True)

@@ -130,7 +130,8 @@ class _Workspace:
         """Fills the gradients of one row of the batch: [T, N, H], [T, G, H], [T, G, H]."""
         query_GQH, grad_GQH = self._grouped(query_NTH), self._grouped(grad_NTH)
         wide_query_GQH = query_GQH.float().mul_(self.scale * _LOG2_E)
-        wide_grad_GQH = grad_GQH.float()
+        # The scale of the scores' gradients, here where it costs no rounding to 16 bits.
+        wide_grad_GQH = grad_GQH.float().mul_(self.scale)
         keys_GTH = keys_GTH.contiguous()
         wide_keys_GHT = keys_GTH.float().transpose(1, 2)
         values_GHT = values_GTH.float().transpose(1, 2)
@@ -152,12 +153,12 @@ class _Workspace:
             torch.bmm(wide_grad_GQH[:, block], values_GHT[:, :, :stop], out=slopes_GQS)
             slopes_GQS.sub_(means_GQ1[:, block]).mul_(scores_GQS)
             rounded_GQS = self.rounded[:num].view(shape).copy_(slopes_GQS)
-            of_block_GQH = torch.bmm(rounded_GQS, keys_GTH[:, :stop]).mul_(self.scale)
+            of_block_GQH = torch.bmm(rounded_GQS, keys_GTH[:, :stop])
             of_block_GTRH = of_block_GQH.unflatten(1, (stop - start, self.sharing))
             of_query_TGRH[start:stop].copy_(of_block_GTRH.transpose(0, 1))
             of_values_GTH[:, :stop] += torch.bmm(shares_GQS.transpose(1, 2), grad_GQH[:, block])
             of_keys_GTH[:, :stop] += torch.bmm(rounded_GQS.transpose(1, 2), query_GQH[:, block])
-        results[1].copy_(of_keys_GTH.mul_(self.scale).transpose(0, 1))
+        results[1].copy_(of_keys_GTH.transpose(0, 1))
         results[2].copy_(of_values_GTH.transpose(0, 1))
 
     def _grouped(self, heads_NTX: Tensor) -> Tensor:

@@ -151,7 +151,8 @@ class _Work:
                 columns of the padding stay 0.
         """
         index_C1, is_counted_C1 = targets_C.clamp(min=0)[:, None], (targets_C >= 0)[:, None]
-        of_target_C1 = logits_CV.gather(1, index_C1).float()
+        # Without the padding, so that a target beyond the vocabulary is refused.
+        of_target_C1 = logits_CV[:, : self.vocab_size].gather(1, index_C1).float()
         sums_C1, shifts_C1 = torch.empty_like(of_target_C1), torch.zeros_like(of_target_C1)
         factors_C1 = is_counted_C1 * (gradient_scale or 0.0)
         for rows in _slices(len(logits_CV), self._block_rows):
@@ -162,7 +163,9 @@ class _Work:
                 if wide is not logits:
                     logits.copy_(wide)
         of_target_C1 -= shifts_C1
-        nats_C.copy_(((sums_C1.log() - of_target_C1) * is_counted_C1).squeeze(1))
+        # Rounding may put the target above the sum; what is not a number stays none.
+        nats_C1 = (sums_C1.log() - of_target_C1).clamp_(min=0)
+        nats_C.copy_((nats_C1 * is_counted_C1).squeeze(1))
         if gradient_scale is not None:
             gradients_C1 = (of_target_C1.exp() / sums_C1 - 1) * factors_C1
             places_C = torch.arange(len(logits_CV), device=logits_CV.device)
@@ -176,16 +179,21 @@ class _Work:
 
         Fills the rows' sums of them, and their shifts, which are 0 before.
         """
-        if self._may_skip_maximum:
-            # Powers of 2, 0.3 ns an element in place of exp's 1.0, and no pass for the maximum,
-            # which logits of up to 69 nats do not need. The host reads the sums: not for a GPU.
-            wide = self._wide[: len(logits)].copy_(logits).mul_(_LOG2_E).exp2_()
-            least, most = torch.sum(wide, dim=1, keepdim=True, out=sums).aminmax()
-            if least > _SAFE_SUMS[0] and most < _SAFE_SUMS[1]:
-                return wide
-        wide = logits if self.is_wide else self._wide[: len(logits)].copy_(logits)
-        torch.amax(wide, dim=1, keepdim=True, out=shifts)
-        torch.sum(wide.sub_(shifts).exp_(), dim=1, keepdim=True, out=sums)
+        if not self._may_skip_maximum:
+            wide = logits if self.is_wide else self._wide[: len(logits)].copy_(logits)
+            torch.amax(wide, dim=1, keepdim=True, out=shifts)
+            torch.sum(wide.sub_(shifts).exp_(), dim=1, keepdim=True, out=sums)
+            return wide
+        # Powers of 2, 0.3 ns an element in place of exp's 1.0, and no pass for the maximum,
+        # which logits of up to 69 nats do not need. The host reads the sums: not for a GPU.
+        wide = self._wide[: len(logits)].copy_(logits).mul_(_LOG2_E).exp2_()
+        least, most = torch.sum(wide, dim=1, keepdim=True, out=sums).aminmax()
+        if not (least > _SAFE_SUMS[0] and most < _SAFE_SUMS[1]):
+            # Rows that need no maximum keep their bits, whatever rows lie beside them.
+            is_safe = (sums > _SAFE_SUMS[0]) & (sums < _SAFE_SUMS[1])
+            shifts.copy_(logits.amax(dim=1, keepdim=True)).masked_fill_(is_safe, 0)
+            wide.copy_(logits).sub_(shifts).mul_(_LOG2_E).exp2_()
+            torch.sum(wide, dim=1, keepdim=True, out=sums)
         return wide
 
     def add_weight_gradient(
