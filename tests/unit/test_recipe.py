@@ -87,3 +87,9 @@ def test_a_recipe_unsets_a_field_with_none_and_the_written_one_is_the_same() -> 
 def test_none_is_a_text_where_a_field_cannot_be_unset() -> None:
     with pytest.raises(UsageError, match=r"optimizer\.learning_rate"):
         config_from_toml('[optimizer]\nlearning_rate = "none"\n', source="a recipe")
+
+
+def test_additions_to_a_model_that_is_not_there_are_refused() -> None:
+    with pytest.raises(UsageError, match="LoRA adds to a model that is there already"):
+        load_recipe("demo", overrides=["--lora.rank", "8"])
+    assert load_recipe("sft-alpaca", overrides=["--lora.rank", "8"]).lora.rank == 8

@@ -267,6 +267,16 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
+def _lora_tunes(rank: int | None, template: str | None) -> Problem | None:
+    if rank is None or template is not None:
+        return None
+    return Problem(
+        "lora.rank",
+        "LoRA adds to a model that is there already, and this recipe pretrains one",
+        f"leave it out, or tune a model: milepost finetune MODEL --lora.rank {rank}",
+    )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
     (("model.hidden_size", "model.num_attention_heads"), _heads_divide_width),
     (("model.num_attention_heads", "model.num_key_value_heads"), _kv_heads_divide_heads),
@@ -288,6 +298,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
     (("train.float8", "train.precision"), _float8_is_bfloat16),
     (("train.float8", "data.sequence_length"), _float8_fits_rows),
     (("train.lanes",), _lanes_are_a_tree),
+    (("lora.rank", "finetune.template"), _lora_tunes),
     (("train.stop_at_step", "train.total_steps"), _stop_within_total),
     (("schedule.warmup_steps", "train.total_steps"), _warmup_within_total),
     (("schedule.min_learning_rate", "optimizer.learning_rate"), _min_below_max),
