@@ -79,7 +79,7 @@ def cases() -> list[Case]:
         Case("lab", "bfloat16"),
         Case("demo-sft", "float32"),
         Case("demo-sft", "bfloat16"),
-        *(Case("corpus-30m", precision) for precision in ("float32", "bfloat16", "float16")),
+        *(Case("corpus-30m", precision) for precision in ("float32", "bfloat16")),
         *(Case("corpus-30m", p, is_compiled=True) for p in ("float32", "bfloat16")),
         Case("corpus-30m", "bfloat16", recompute="block"),
         Case("corpus-30m", "bfloat16", recompute="block", is_compiled=True),

@@ -252,7 +252,7 @@ def test_another_kind_of_run_is_measured_anew(tmp_path: Path) -> None:
         ("--model.hidden_size", "64"),
         ("--train.precision", "bfloat16"),
         ("--train.recompute", "block"),
-        ("--lora.rank", "2"),
+        ("--finetune.template", "vicuna-1.1", "--lora.rank", "2"),
         ("--data.document_attention", "true"),
         ("--train.lanes", "1"),
     )
@@ -285,7 +285,7 @@ def test_one_candidate_is_not_measured(tmp_path: Path, monkeypatch: pytest.Monke
         ("--model.num_hidden_layers", "5"),
         ("--model.num_hidden_layers", "5", "--train.recompute", "4"),
         ("--model.num_hidden_layers", "1"),
-        ("--lora.rank", "2"),
+        ("--finetune.template", "vicuna-1.1", "--lora.rank", "2"),
         ("--finetune.template", "vicuna-1.1"),
         ("--train.precision", "bfloat16", "--train.compile", "true"),
     ],

@@ -136,7 +136,7 @@ def test_the_total_is_the_sum_of_the_parts() -> None:
     memory = estimate_memory(recipe("demo"))
     parts = [memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes]
     parts += [memory.casts_bytes, memory.activations_bytes, memory.working_bytes]
-    parts += [memory.save_bytes, memory.process_bytes]
+    parts += [memory.holes_bytes, memory.save_bytes, memory.process_bytes]
     assert memory.process_bytes == GPU_PROCESS_BYTES
     assert memory.total_bytes == sum(parts)
 

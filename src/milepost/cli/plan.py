@@ -258,8 +258,13 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
         saved = format_bytes(memory.save_bytes)
         return [
             *rows,
+            (
+                "holes in the heap",
+                format_bytes(memory.holes_bytes),
+                "with our launcher's allocator",
+            ),
             ("copy for the saves", saved, "main rank, from its first save on"),
-            ("total", format_bytes(memory.total_bytes), "resident, with our launcher's allocator"),
+            ("total", format_bytes(memory.total_bytes), "resident"),
         ]
     copy = format_bytes(save_copy_bytes(worked_out.config))
     if worked_out.gpu is None:

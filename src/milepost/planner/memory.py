@@ -38,8 +38,14 @@ VOCABULARY_MULTIPLE = 64
 GPU_PROCESS_BYTES = 1 * GIBIBYTE
 """The CUDA context, library workspaces and what the allocator cannot use; a rough figure."""
 
-CPU_PROCESS_BYTES = 350 * MEBIBYTE
+CPU_PROCESS_BYTES = 330 * MEBIBYTE
 """Python, torch and its libraries, as measured (benchmarks/memory.py)."""
+
+CPU_HOLES, CPU_HOLES_COMPILED = 0.5, 0.2
+"""Of what a step takes and frees, what lies idle in the heap besides, as measured. Up to glibc
+2.37 an aligned block, as torch's are, does not go where one of its size was freed, but where a
+larger one was. With blocks that are mapped one by one (`glibc.malloc.mmap_threshold`) there are
+no such holes, and each step pays for fresh pages."""
 
 CPU_COMPILER_BYTES = 90 * MEBIBYTE
 """What compiling a block leaves in the process besides, as measured."""
@@ -55,6 +61,7 @@ class MemoryEstimate:
     Attributes:
         working_bytes: what the step's largest stage takes beside the rest: the loss, a block's
             backward pass, the embedding's gradient or an update.
+        holes_bytes: what the heap has taken for these and cannot use again; 0 on a GPU.
         save_bytes: the copy that is written while training goes on, and the file that is read
             back, of the main rank; 0 on a GPU, whose host has them.
     """
@@ -65,6 +72,7 @@ class MemoryEstimate:
     casts_bytes: int
     activations_bytes: int
     working_bytes: int
+    holes_bytes: int
     save_bytes: int
     process_bytes: int
 
@@ -113,9 +121,14 @@ def estimate_memory(
         casts_bytes=casts,
         activations_bytes=activations,
         working_bytes=largest - casts - activations,
+        holes_bytes=_holes_bytes(config, largest) if on_cpu else 0,
         save_bytes=save_copy_bytes(config) + _read_back_bytes(config) if on_cpu else 0,
         process_bytes=_process_bytes(config, on_cpu=on_cpu),
     )
+
+
+def _holes_bytes(config: Config, step_bytes: int) -> int:
+    return int((CPU_HOLES_COMPILED if is_planned_compiled(config) else CPU_HOLES) * step_bytes)
 
 
 def _process_bytes(config: Config, *, on_cpu: bool) -> int:
