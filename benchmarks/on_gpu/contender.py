@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from plain_update import Update, nats_of_logits, plain_update
 
 from milepost.data.batch import Batch
 from milepost.train.precision import DTYPES
@@ -38,9 +37,6 @@ RECIPE = "dmas-1.7b"
 STEPS = 5
 DEFAULTS = ("train.global_batch_tokens=131072",)
 NAMES = ("milepost", "milepost-not-deterministic", "transformers-compiled", "transformers")
-
-Update = Callable[[np.ndarray, float], float]
-"""(global batch, learning rate) -> mean nats."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,33 +107,16 @@ def _transformers(setting: Setting, name: str, end_of_text_id: int) -> Update:
     model.train()
     optimizer = new_optimizer(model, config=config)  # type: ignore[arg-type]
     dtype = DTYPES[config.train.precision]
-    limit = config.optimizer.clip_grad_norm
 
-    def summed_nats(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(ids, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-
+    summed_nats = nats_of_logits(
+        lambda ids: model(ids, use_cache=False).logits, device=device, dtype=dtype
+    )
     if name == "transformers-compiled":
         summed_nats = torch.compile(summed_nats, dynamic=False)
-
-    def update(batch: np.ndarray, rate: float) -> float:
-        num_targets = batch.shape[0] * (batch.shape[1] - 1)
-        optimizer.zero_grad(set_to_none=True)
-        nats = torch.zeros((), device=device)
-        for start in range(0, batch.shape[0], config.train.microbatch_rows):
-            rows = batch[start : start + config.train.microbatch_rows].astype(np.int64)
-            ids = torch.from_numpy(rows)
-            if device.type == "cuda":
-                ids = ids.pin_memory().to(device, non_blocking=True)
-            loss = summed_nats(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-            (loss / num_targets).backward()
-            nats += loss.detach()
-        if limit is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        return nats.item() / num_targets
-
-    return update
+    return plain_update(
+        summed_nats,
+        model=model,
+        optimizer=optimizer,
+        microbatch_rows=config.train.microbatch_rows,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+    )

@@ -31,7 +31,8 @@ from milepost.train.exactness import machine_facts
 from milepost.train.gradients import LaneGradients
 from milepost.train.objective import build_objective
 from milepost.train.optimizer import build_optimizer
-from milepost.train.precision import make_deterministic, resolve_compile, resolve_precision
+from milepost.train.precision import make_deterministic
+from milepost.train.resolving import resolve_config
 from milepost.train.step import FIRST_LOSS_SCALE, LossScale, Stepper
 
 GPT2_VOCAB_SIZE = 50257
@@ -110,14 +111,8 @@ def open_setting(arguments: argparse.Namespace, *, defaults: tuple[str, ...] = (
     device = torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    train = config.train.model_copy(
-        update={
-            "precision": resolve_precision(config.train.precision, device=device),
-            "compile": resolve_compile(config.train.compile, config=config, device=device),
-        }
-    )
     return Setting(
-        config=config.model_copy(update={"train": train}),
+        config=resolve_config(config, device=device, ranks=1),
         recipe=arguments.recipe,
         overrides=overrides,
         world=World(rank=0, size=1, device=device),
@@ -126,10 +121,10 @@ def open_setting(arguments: argparse.Namespace, *, defaults: tuple[str, ...] = (
     )
 
 
-def made_up_data(folder: Path, *, config: Config) -> Path:
-    """Prepared documents of random words, enough for two global batches; made once a folder."""
+def made_up_data(folder: Path, *, config: Config, num_batches: int = 2) -> Path:
+    """Prepared documents of random words, enough for the global batches; made once a folder."""
     size = config.model.vocab_size
-    num_words = 2 * config.train.global_batch_tokens + 2 * config.data.sequence_length
+    num_words = num_batches * config.train.global_batch_tokens + 2 * config.data.sequence_length
     out = folder / f"words-{size}-{num_words}"
     source = random.Random(1)
     letters = "abcdefghijklmnopqrstuvwxyz"

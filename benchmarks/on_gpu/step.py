@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--recompute", nargs="+", default=["none", "block"])
     parser.add_argument("--deterministic", nargs="+", default=["on", "off"])
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["adamw"], help="such as: adamw adamw8bit"
+    )
 
 
 def answer(arguments: argparse.Namespace) -> int:
@@ -48,10 +51,14 @@ def answer(arguments: argparse.Namespace) -> int:
     setting = open_setting(arguments, defaults=DEFAULTS)
     data = setting.open_data()
     model = new_model(setting.config, device=setting.device)
-    optimizer = new_optimizer(model, config=setting.config)
+    optimizer: torch.optim.Optimizer | None = None
+    name = None
     with open_loader(setting, data=data) as loader:
         for config in _variants(setting, arguments):
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
+            if name != config.optimizer.name:
+                name, optimizer = config.optimizer.name, None  # one optimizer's moments at a time
+                optimizer = new_optimizer(model, config=config)
             _release(setting)
             stepper_of = partial(
                 new_stepper,
@@ -72,19 +79,30 @@ def answer(arguments: argparse.Namespace) -> int:
                 )
             except torch.OutOfMemoryError:
                 measured = {"fits": False}
-            show_row("step", setting=setting, **_describe(config), **measured)
+            planned, peak = planned_bytes(config), measured.get("peak_allocated_bytes")
+            show_row(
+                "step",
+                setting=setting,
+                **_describe(config),
+                planned_bytes=planned,
+                planned_to_peak=None if peak is None else planned / peak,
+                **measured,
+            )
     return 0
 
 
 def _variants(setting: Setting, arguments: argparse.Namespace) -> list[Config]:
-    """Every microbatch and recompute; determinism is switched at the recipe's own only."""
+    """Every microbatch and recompute; the rest is switched at the recipe's own of these only."""
     found = []
     own = setting.config.train
-    for deterministic, recompute, rows in itertools.product(
-        arguments.deterministic, arguments.recompute, arguments.microbatches
+    for optimizer, deterministic, recompute, rows in itertools.product(
+        arguments.optimizers,
+        arguments.deterministic,
+        [int(word) if word.isdigit() else word for word in arguments.recompute],
+        arguments.microbatches,
     ):
         is_own = rows == own.microbatch_rows and recompute == own.recompute
-        if deterministic == "off" and not is_own:
+        if not is_own and (deterministic == "off" or optimizer != arguments.optimizers[0]):
             continue
         config = setting.with_train(
             deterministic=deterministic == "on", recompute=recompute, microbatch_rows=rows
@@ -92,7 +110,8 @@ def _variants(setting: Setting, arguments: argparse.Namespace) -> list[Config]:
         if config.rows_per_step % (rows * own.lanes):
             tell(f"microbatch {rows} does not divide a lane, left out")
             continue
-        found.append(config)
+        section = config.optimizer.model_copy(update={"name": optimizer})
+        found.append(config.model_copy(update={"optimizer": section}))
     return found
 
 
@@ -104,8 +123,9 @@ def _describe(config: Config) -> dict[str, Any]:
         "deterministic": train.deterministic,
         "precision": train.precision,
         "compile": train.compile,
+        "float8": train.float8,
+        "optimizer": config.optimizer.name,
         "tokens_per_step": train.global_batch_tokens,
-        "planned_bytes": planned_bytes(config),
     }
 
 

@@ -193,6 +193,47 @@ def test_where_pip_fails_it_says_so_and_can_be_started_again(checkout: Path) -> 
     assert not launcher.UNFINISHED.exists(), "pip took back what it had begun"
 
 
+def put_pip(folder: Path, code: str) -> None:
+    """A pip of the environment that says what it is given, then runs the code."""
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / ".venv")}))
+    (packages / "pip").mkdir()
+    (packages / "pip" / "__init__.py").write_text("")
+    program = f"import sys; print('pip was given', *sys.argv[1:]); {code}\n"
+    (packages / "pip" / "__main__.py").write_text(program)
+
+
+def test_data_are_prepared_with_the_faster_encoder(installed: Path) -> None:
+    put_pip(installed, "sys.exit(0)")
+    code, _, err = launch(installed, "data", "prepare", "no-such-texts", "--out", "out")
+    assert code == 3 and "there is no source no-such-texts" in err
+    assert f"--editable {installed}[demo,fast]" in err
+    _, _, err = launch(installed, "data", "prepare", "no-such-texts", "--out", "out")
+    assert "pip was given" not in err, "once"
+
+
+def test_other_verbs_of_data_install_nothing(installed: Path) -> None:
+    put_pip(installed, "sys.exit(0)")
+    code, _, err = launch(installed, "data", "inspect", "no-such-data")
+    assert code == 3 and "pip was given" not in err
+
+
+def test_data_are_prepared_without_the_faster_encoder_where_there_is_none(
+    installed: Path,
+) -> None:
+    put_pip(installed, "sys.exit('fast' in sys.argv[-1])")
+    code, _, err = launch(installed, "data", "prepare", "no-such-texts", "--out", "out")
+    assert code == 3 and "there is no source no-such-texts" in err
+    assert "run: going on without the faster encoder; the data come out the same" in err
+
+
+def test_an_environment_for_the_tests_has_what_the_verbs_want(installed: Path) -> None:
+    launcher = load(installed)
+    put_pip(installed, "sys.exit(0)")
+    assert launcher.pip_install({"dev"}) == 0
+    for words in (["demo"], ["judge"], ["data", "prepare"], ["train"]):
+        assert launcher.is_installed(launcher.extras_of(words)), words
+
+
 def test_a_second_launcher_waits_for_the_first(installed: Path) -> None:
     launcher = load(installed)
     stamp = launcher.STAMP.read_text()

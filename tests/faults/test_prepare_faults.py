@@ -20,8 +20,9 @@ from tests.sources import content_of
 PREPARE = """
 import sys
 from milepost.cli.main import run
-from milepost.data import blocks
+from milepost.data import blocks, preparation
 blocks.BLOCK_BYTES, blocks.READ_BYTES = 30_000, 5_000
+preparation.FAST_FROM_BYTES = 0
 sys.exit(run(["data", "prepare", *sys.argv[1:]]))
 """
 
@@ -131,11 +132,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_looks_whole(
 
 
 def test_a_gzip_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None:
-    """300 MiB of one letter in 1 MB: above the limit of a line.
-
-    VmHWM counts from the start of the program; ru_maxrss would count the test
-    session that it was forked from.
-    """
+    """300 MiB of one letter in 1 MB: above the limit of a line."""
     import gzip
 
     path = tmp_path / "bomb.jsonl.gz"
@@ -144,23 +141,45 @@ def test_a_gzip_bomb_is_refused_in_bounded_memory(tmp_path: Path) -> None:
         for _ in range(300):
             file.write(b"a" * (1 << 20))
         file.write(b'"}\n{"text": "fine"}\n')
-    code = """
+    talk, peak_kib = run_and_measure(path, tmp_path / "out", "--skip-bad")
+    assert "dropped: 1 too_long" in talk
+    assert open_prepared(tmp_path / "out").train.num_documents == 2
+    assert peak_kib < 700 * 1024
+
+
+@pytest.mark.long
+def test_a_table_that_is_one_row_group_takes_no_more_memory_than_others(tmp_path: Path) -> None:
+    """100 MB of text; the row group, its ids and its file together would take 400 MB."""
+    import pyarrow
+    import pyarrow.parquet
+
+    text = "a b c d e f g h i j " * 500
+    rows = pyarrow.table({"text": [f"{number} {text}" for number in range(10_000)]})
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 10_000}
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", **options)
+    _, peak_kib = run_and_measure(tmp_path / "a.parquet", tmp_path / "out", "--workers", "1")
+    assert open_prepared(tmp_path / "out").train.num_documents == 10_000
+    assert peak_kib < 350 * 1024
+
+
+MEASURED = """
 import sys
 from pathlib import Path
 from milepost.cli.main import run
-code = run(["data", "prepare", *sys.argv[1:], "--skip-bad"])
+code = run(["data", "prepare", *sys.argv[1:]])
 lines = Path("/proc/self/status").read_text().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 sys.exit(code)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+
+
+def run_and_measure(source: Path, out: Path, *options: str) -> tuple[str, int]:
+    """Prepares; returns what was said and the peak of memory in KiB.
+
+    VmHWM counts from the start of the program; ru_maxrss would count the test session that it
+    was forked from.
+    """
+    words = [sys.executable, "-c", MEASURED, str(source), "--out", str(out), *options]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert "dropped: 1 too_long" in done.stderr
-    assert open_prepared(tmp_path / "out").train.num_documents == 2
-    peak_kib = int(done.stdout.splitlines()[-1])
-    assert peak_kib < 700 * 1024
+    return done.stderr, int(done.stdout.splitlines()[-1])

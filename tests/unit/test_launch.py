@@ -18,7 +18,14 @@ from milepost.core.environment import code_version
 from milepost.core.errors import MilepostError, StorageError, UsageError
 from milepost.distributed import launch as launch_module
 from milepost.distributed.devices import count_gpus
-from milepost.distributed.launch import Phrases, _exit_code, _wait_for_all, launch
+from milepost.distributed.launch import (
+    KEEP_FREED_MEMORY,
+    Phrases,
+    _exit_code,
+    _shared_environment,
+    _wait_for_all,
+    launch,
+)
 from milepost.distributed.meeting_place import PREFIX, meeting_place
 from milepost.distributed.place import Place
 from milepost.distributed.stop_requests import STOP_SIGNALS, StopRequests, held_back_stops
@@ -335,3 +342,16 @@ def test_a_segment_gets_the_environment_it_is_given(tmp_path: Path) -> None:
             kill_when=lambda event: False,
             environment={"RANK": "first", "WORLD_SIZE": "1"},
         )
+
+
+def test_ranks_on_a_cpu_keep_freed_memory_unless_a_person_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    of_ranks = _shared_environment(tmp_path, pipe=3, on_gpus=False)
+    assert of_ranks["GLIBC_TUNABLES"] == KEEP_FREED_MEMORY
+    assert of_ranks["OMP_NUM_THREADS"] == "1"
+    assert "GLIBC_TUNABLES" not in _shared_environment(tmp_path, pipe=3, on_gpus=True)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    own = _shared_environment(tmp_path, pipe=3, on_gpus=False)
+    assert own["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2"

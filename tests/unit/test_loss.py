@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,68 @@ def test_large_logits_neither_overflow_nor_lose_digits() -> None:
     expected_loss, expected_nats, *_ = _reference(hidden, weight, targets, scale=1.0)
     assert _relative_error(loss.detach(), expected_loss) < 1e-6
     assert _relative_error(nats, expected_nats) < 1e-6
+
+
+# Sums of exponentials from where nothing is taken out before to where the maximum must be: below
+# 2^-100, between and above 2^100 (69 nats), and far outside of float32; all in one block of rows.
+@pytest.mark.parametrize("shifts", [(-69, 0, 69), (-75, -60, 60, 75), (-400, 0, 400), (88.5, 104)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_the_logits_costs_no_digits(shifts: tuple, dtype: torch.dtype) -> None:
+    hidden, weight, targets = _case(rows=8, vocab=50_257, dtype=dtype)
+    with torch.no_grad():
+        weight[:, 0] = 1.0
+        hidden[:, 0] = torch.tensor([shifts[i % len(shifts)] for i in range(8)])
+    loss, nats = training_loss(hidden, weight, targets, scale=1 / 8, chunk_rows=8)
+    loss.backward()
+    logits = (hidden.detach() @ weight.detach().to(dtype).T).double()  # as the products round
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    # float32 holds logits of this size to 2^-24 of them.
+    bound = 2e-6 * (1 + max(abs(shift) for shift in shifts) / 10)
+    assert (nats.double() - expected).abs().max() < bound
+    slopes = (logits.softmax(1) - F.one_hot(targets, 50_257)) / 8
+    wanted = slopes @ weight.detach().to(dtype).double()
+    assert _relative_error(hidden.grad, wanted) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_keeps_its_bits_beside_one_with_huge_logits(dtype: torch.dtype) -> None:
+    hidden, weight, targets = _case(rows=8, vocab=50_257, dtype=dtype)
+    alone = token_nats(hidden, weight, targets, chunk_rows=8)
+    with torch.no_grad():
+        hidden[7] *= 1000
+    beside = token_nats(hidden, weight, targets, chunk_rows=8)
+    assert torch.equal(alone[:7], beside[:7])
+
+
+def test_no_nats_are_below_zero() -> None:
+    hidden = torch.zeros(64, 2)
+    hidden[:, 0] = torch.linspace(5, 68, 64)  # the target takes nearly all; 0 to 1e-5 nats
+    weight = torch.full((500, 2), 0.1)
+    weight[3, 0] = 1.0
+    nats = token_nats(hidden, weight, torch.full((64,), 3), chunk_rows=16)
+    assert nats.ge(0).all() and nats[-1] < 1e-5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_never_a_finite_loss(dtype: torch.dtype, value: float) -> None:
+    hidden, weight, targets = _case(rows=9, dtype=dtype)
+    with torch.no_grad():
+        hidden[4, 1] = value
+    loss, nats = training_loss(hidden, weight, targets, scale=1.0, chunk_rows=4)
+    loss.backward()
+    assert loss.isnan() and weight.grad.isnan().any()
+    assert nats[4].isnan() and nats.isnan().sum() == 1
+    assert hidden.grad[4].isnan().all() and not hidden.grad[:4].isnan().any()
+
+
+# 131 columns are padded to 192: nobody outside may be given one of those.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_in_the_padding_is_refused(dtype: torch.dtype) -> None:
+    hidden, weight, targets = _case(dtype=dtype)
+    targets[5] = 150
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        training_loss(hidden, weight, targets, scale=1.0, chunk_rows=32)
 
 
 # One rounding to the dtype's mantissa at each of logits, their gradients and the products.

@@ -23,11 +23,11 @@ from milepost.planner.cost import (
     flops_per_token,
     run_tokens,
 )
+from milepost.planner.disk import estimate_disk
 from milepost.planner.duration import GPUS, estimate_duration, find_gpu, gpu_of_device
 from milepost.planner.memory import (
+    GPU_PROCESS_BYTES,
     LOSS_CHUNK_ROWS,
-    PROCESS_BYTES,
-    estimate_disk,
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
@@ -135,7 +135,9 @@ def test_saves_keep_a_copy_of_the_train_state_in_the_hosts_memory(
 def test_the_total_is_the_sum_of_the_parts() -> None:
     memory = estimate_memory(recipe("demo"))
     parts = [memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes]
-    parts += [memory.casts_bytes, memory.activations_bytes, memory.loss_bytes, PROCESS_BYTES]
+    parts += [memory.casts_bytes, memory.activations_bytes, memory.working_bytes]
+    parts += [memory.holes_bytes, memory.save_bytes, memory.process_bytes]
+    assert memory.process_bytes == GPU_PROCESS_BYTES
     assert memory.total_bytes == sum(parts)
 
 

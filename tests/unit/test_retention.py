@@ -19,8 +19,8 @@ from milepost.config.recipe import load_recipe
 from milepost.config.schema import CheckpointSection
 from milepost.core.errors import CheckpointError, StorageError
 from milepost.core.files import folder_bytes
-from milepost.planner import memory
-from milepost.planner.memory import DiskEstimate, estimate_disk
+from milepost.planner import disk
+from milepost.planner.disk import DiskEstimate, estimate_disk
 from milepost.runs.events import EventWriter, read_history
 from milepost.runs.layout import RunLayout
 from milepost.train import saving
@@ -240,8 +240,8 @@ def fullest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fullest
 @pytest.fixture
 def tight_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files as small as those of the tiny model, so that one tensor too many is seen."""
-    monkeypatch.setattr(memory, "FOLDER_BYTES", 48 << 10)
-    monkeypatch.setattr(memory, "LOG_BYTES", 16 << 10)
+    monkeypatch.setattr(disk, "FOLDER_BYTES", 48 << 10)
+    monkeypatch.setattr(disk, "LOG_BYTES", 16 << 10)
 
 
 def plan_of(recipe: Path, *overrides: str) -> DiskEstimate:

@@ -37,7 +37,7 @@ from milepost.core.files import (
     system_error,
     write_json,
 )
-from milepost.planner.memory import checkpoint_bytes
+from milepost.planner.disk import checkpoint_bytes
 from milepost.runs.layout import RunLayout
 
 SCHEMA_VERSION = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -12,6 +12,7 @@ from milepost.config.schema import Config
 from milepost.core.console import show, show_json
 from milepost.core.errors import UsageError
 from milepost.core.units import format_bytes, format_count, format_duration
+from milepost.planner.choice import settle
 from milepost.planner.cost import (
     ParameterCount,
     count_parameters,
@@ -19,11 +20,11 @@ from milepost.planner.cost import (
     flops_per_token,
     run_tokens,
 )
+from milepost.planner.disk import DiskEstimate, estimate_disk
 from milepost.planner.duration import GPUS, DurationEstimate, Gpu, estimate_duration, find_gpu
 from milepost.planner.memory import (
-    DiskEstimate,
+    DeviceKind,
     MemoryEstimate,
-    estimate_disk,
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
@@ -33,11 +34,18 @@ from milepost.planner.memory import (
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that is worked out for one recipe."""
+    """Everything that is worked out for one recipe.
+
+    Attributes:
+        config: with what memory decides in place of "auto".
+        asked: the config as it was given.
+    """
 
     config: Config
+    asked: Config
     gpu: Gpu | None
     num_gpus: int
+    device: DeviceKind
     parameters: ParameterCount
     memory: MemoryEstimate
     disk: DiskEstimate
@@ -51,6 +59,7 @@ def plan(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     gpu: str | None = None,
     gpus: int = 1,
+    device: Literal["gpu", "cpu"] = "gpu",
     tokens_per_second: float | None = None,
     json: bool = False,
 ) -> None:
@@ -65,12 +74,17 @@ def plan(
         recipe: A packaged recipe's name, or the path of a .toml file.
         overrides: Changes of the recipe, --section.key VALUE.
         gpu: Which GPU, such as a6000, h100, rtx4090; without it, hours on all that are known.
-        gpus: How many of them.
+        gpus: How many of them; with --device cpu the ranks.
+        device: What is trained on; on a CPU memory is the resident set of the main rank.
         tokens_per_second: A measured speed, all devices together, in place of the assumed one.
         json: Write one JSON document.
     """
     if gpus < 1:
         raise UsageError(f"--gpus {gpus} is not a number of GPUs", hint="give 1 or more")
+    if gpu is not None and device == "cpu":
+        raise UsageError(
+            f"--gpu {gpu} is no CPU", hint="leave out --gpu, or leave out --device cpu"
+        )
     if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
         raise UsageError(
             f"--tokens-per-second {tokens_per_second} is not a speed", hint="give a number above 0"
@@ -80,6 +94,7 @@ def plan(
         config,
         gpu=None if gpu is None else find_gpu(gpu),
         num_gpus=gpus,
+        device=device,
         tokens_per_second=tokens_per_second,
     )
     if json:
@@ -89,9 +104,16 @@ def plan(
 
 
 def _work_out(
-    config: Config, *, gpu: Gpu | None, num_gpus: int, tokens_per_second: float | None
+    asked: Config,
+    *,
+    gpu: Gpu | None,
+    num_gpus: int,
+    device: DeviceKind,
+    tokens_per_second: float | None,
 ) -> _Plan:
-    def largest(recompute: str) -> int | None:
+    config = settle(asked, ranks=num_gpus, memory_bytes=None if gpu is None else gpu.memory_bytes)
+
+    def largest(recompute: str | int) -> int | None:
         if gpu is None:
             return None
         train = config.train.model_copy(update={"recompute": recompute})
@@ -100,10 +122,12 @@ def _work_out(
 
     return _Plan(
         config=config,
+        asked=asked,
         gpu=gpu,
         num_gpus=num_gpus,
+        device=device,
         parameters=count_parameters(config.model),
-        memory=estimate_memory(config, ranks=num_gpus),
+        memory=estimate_memory(config, ranks=num_gpus, device=device),
         disk=estimate_disk(config),
         duration=estimate_duration(
             config, gpu=gpu, num_gpus=num_gpus, tokens_per_second=tokens_per_second
@@ -130,9 +154,12 @@ def _as_json(worked_out: _Plan) -> dict[str, Any]:
         "total_flops": per_token * run_tokens(config),
         "gpu": None if gpu is None else asdict(gpu),
         "gpus": worked_out.num_gpus,
+        "device": worked_out.device,
         "memory_per_rank": asdict(worked_out.memory) | {"total_bytes": total_bytes},
         "host_bytes_per_rank": host_bytes(config),
         "save_copy_bytes": save_copy_bytes(config),
+        "microbatch_rows": config.train.microbatch_rows,
+        "recompute": config.train.recompute,
         "fits": None if gpu is None else total_bytes <= gpu.memory_bytes,
         "max_microbatch_rows": worked_out.max_microbatch_rows,
         "max_microbatch_rows_with_recompute": worked_out.max_microbatch_rows_with_recompute,
@@ -208,7 +235,6 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
     lanes = train.lanes // worked_out.num_gpus
     precision = "planned as bfloat16" if train.precision == "auto" else train.precision
     moments = "8 bits" if worked_out.config.optimizer.name == "adamw8bit" else "float32"
-    recomputed = ", blocks recomputed" if train.recompute == "block" else ""
     rows = [
         ("weights", format_bytes(memory.weights_bytes), "float32"),
         (
@@ -223,11 +249,23 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
         (
             "activations",
             format_bytes(memory.activations_bytes),
-            f"microbatch of {train.microbatch_rows} rows{recomputed}",
+            _microbatch_in_words(worked_out),
         ),
-        ("loss", format_bytes(memory.loss_bytes), "a chunk of logits, the head's gradient"),
+        ("working buffers", format_bytes(memory.working_bytes), "of the step's largest stage"),
         ("process", format_bytes(memory.process_bytes), "context and libraries, roughly"),
     ]
+    if worked_out.device == "cpu":
+        saved = format_bytes(memory.save_bytes)
+        return [
+            *rows,
+            (
+                "holes in the heap",
+                format_bytes(memory.holes_bytes),
+                "with our launcher's allocator",
+            ),
+            ("copy for the saves", saved, "main rank, from its first save on"),
+            ("total", format_bytes(memory.total_bytes), "resident"),
+        ]
     copy = format_bytes(save_copy_bytes(worked_out.config))
     if worked_out.gpu is None:
         return [
@@ -249,6 +287,19 @@ def _memory_rows(worked_out: _Plan) -> list[_Row]:
         ("memory of the host", host, "a rank, while a checkpoint is read back"),
         ("  copy for the saves", copy, "main rank, after that and always"),
     ]
+
+
+def _microbatch_in_words(worked_out: _Plan) -> str:
+    config, asked = worked_out.config, worked_out.asked.train
+    rows, num_blocks = config.train.rows_of_forward, config.model.num_hidden_layers
+    words = f"microbatch of {rows} rows"
+    if asked.microbatch_rows == "auto":
+        words = f"at most {rows} rows, measured at the start"
+    if config.num_recomputed_blocks:
+        words += f", {config.num_recomputed_blocks} of {num_blocks} blocks recomputed"
+    if asked.recompute == "auto":
+        words += " (auto)" if config.num_recomputed_blocks else ", none recomputed (auto)"
+    return words
 
 
 def _rows_that_fit(rows: int | None) -> tuple[str, str]:

@@ -176,7 +176,7 @@ def launch_ranks(load: Callable[[], Config], *, words: Sequence[str], ranks: int
     with StopRequests() as stops:  # first: the other imports and checks take a while
         from milepost.distributed.devices import choose_ranks, count_gpus
         from milepost.distributed.launch import launch
-        from milepost.train.installed import check_optimizer
+        from milepost.train.installed import check_installed
         from milepost.train.trackers import check_trackers
 
         config = load()
@@ -185,7 +185,7 @@ def launch_ranks(load: Callable[[], Config], *, words: Sequence[str], ranks: int
 
             parse_tasks(config.evaluation.tasks)
         check_trackers(config.tracking.tools)
-        check_optimizer(config.optimizer)
+        check_installed(config)
         num_gpus = count_gpus()
         chosen = choose_ranks(requested=ranks, lanes=config.train.lanes, num_gpus=num_gpus)
         code = launch(words, ranks=chosen, on_gpus=num_gpus > 0, stops=stops)

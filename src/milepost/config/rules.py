@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Values = dict[str, Any]
 """Dotted field name to value; fields that are missing or out of form are absent."""
@@ -78,16 +78,50 @@ def _batch_is_whole_rows(batch: int, length: int) -> Problem | None:
     )
 
 
-def _rows_fill_lanes(batch: int, length: int, lanes: int, microbatch: int) -> Problem | None:
+def _rows_fill_lanes(
+    batch: int, length: int, lanes: int, microbatch: int | Literal["auto"]
+) -> Problem | None:
     rows = batch // length
-    if batch % length or (rows and rows % (lanes * microbatch) == 0):
+    least = 1 if microbatch == "auto" else microbatch
+    unit = lanes * least
+    if batch % length or (rows and rows % unit == 0):
         return None
-    unit = lanes * microbatch
     return Problem(
-        "train.microbatch_rows",
-        f"{rows} rows a step cannot be dealt to {lanes} lanes in microbatches of {microbatch}",
+        "train.lanes" if microbatch == "auto" else "train.microbatch_rows",
+        f"{rows} rows a step cannot be dealt to {lanes} lanes in microbatches of {least}",
         f"rows a step must be a multiple of lanes x microbatch_rows = {unit}; "
         f"train.global_batch_tokens = {max(1, round(rows / unit)) * unit * length} would do",
+    )
+
+
+def _recomputed_blocks_exist(recompute: str | int, num_blocks: int) -> Problem | None:
+    if isinstance(recompute, str) or recompute <= num_blocks:
+        return None
+    return Problem(
+        "train.recompute",
+        f"{recompute} is above model.num_hidden_layers {num_blocks}",
+        'choose "block" for all of them, or fewer',
+    )
+
+
+def _float8_is_bfloat16(kind: str, precision: str) -> Problem | None:
+    if kind == "none" or precision in ("auto", "bfloat16"):
+        return None
+    return Problem(
+        "train.float8",
+        f"{kind} needs the precision bfloat16, train.precision is {precision}",
+        'set train.precision to "bfloat16", or train.float8 to "none"',
+    )
+
+
+def _float8_fits_rows(kind: str, length: int) -> Problem | None:
+    if kind == "none" or length % 16 == 0:
+        return None
+    near = max(16, round(length / 16) * 16)
+    return Problem(
+        "train.float8",
+        f"float8 products need rows of a multiple of 16 tokens, data.sequence_length is {length}",
+        f'set data.sequence_length to {near}, or train.float8 to "none"',
     )
 
 
@@ -260,6 +294,9 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Problem | None]], ...] = (
         ),
         _rows_fill_lanes,
     ),
+    (("train.recompute", "model.num_hidden_layers"), _recomputed_blocks_exist),
+    (("train.float8", "train.precision"), _float8_is_bfloat16),
+    (("train.float8", "data.sequence_length"), _float8_fits_rows),
     (("train.lanes",), _lanes_are_a_tree),
     (("lora.rank", "finetune.template"), _lora_tunes),
     (("train.stop_at_step", "train.total_steps"), _stop_within_total),

@@ -70,16 +70,30 @@ class TrainSection(Section):
     """[train]"""
 
     global_batch_tokens: PositiveInt = Field(description="Target tokens of one update.")
-    microbatch_rows: int = Field(ge=1, le=2**20, description="Rows of one forward pass.")
+    microbatch_rows: Annotated[int, Field(ge=1, le=2**20)] | Literal["auto"] = Field(
+        description="Rows of one forward pass; auto: measured when the run is made."
+    )
     lanes: int = Field(2, ge=1, le=1024, description="Groups of fixed summation order (D6).")
     total_steps: PositiveInt = Field(description="Updates that shape the schedule.")
     stop_at_step: StepCount | None = Field(None, description="Stop here; shapes nothing.")
     precision: Precision = Field("auto", description="Dtype of compute; weights stay float32.")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile of a block.")
     deterministic: bool = Field(True, description="Deterministic kernels, for exact resume.")
-    recompute: Literal["none", "block"] = Field(
-        "none", description="block: recompute each block's activations in the backward pass."
+    recompute: Literal["none", "block", "auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "none",
+        description="Blocks whose activations the backward pass computes again: none, the first "
+        "so many, all (block), or (auto) the fewest with which the run fits its memory.",
     )
+
+    float8: Literal["none", "tensorwise", "rowwise"] = Field(
+        "none", description="Products of the projections in float8, by torchao's kinds of scaling."
+    )
+
+    @property
+    def rows_of_forward(self) -> int:
+        """Rows of one forward pass, where "auto" is resolved."""
+        assert self.microbatch_rows != "auto", '"auto" is resolved when a run is made'
+        return self.microbatch_rows
 
 
 class OptimizerSection(Section):
@@ -293,6 +307,15 @@ class Config(Section):
     def rows_per_step(self) -> int:
         """Rows of one global batch."""
         return self.train.global_batch_tokens // self.data.sequence_length
+
+    @property
+    def num_recomputed_blocks(self) -> int:
+        """The first blocks, whose activations the backward pass computes again."""
+        recompute, num_blocks = self.train.recompute, self.model.num_hidden_layers
+        assert recompute != "auto", '"auto" is resolved when a run is made'
+        if isinstance(recompute, str):
+            return num_blocks if recompute == "block" else 0
+        return recompute
 
     @property
     def is_finetuning(self) -> bool:

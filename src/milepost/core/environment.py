@@ -60,6 +60,30 @@ def memory_bytes() -> int | None:
         return None
 
 
+def available_memory_bytes() -> int | None:
+    """Memory that is still to be had, a container's limit respected, or None as above."""
+    limit = _first_number("/sys/fs/cgroup/memory.max")
+    used = _first_number("/sys/fs/cgroup/memory.stat", after="anon ")
+    free = _first_number("/proc/meminfo", after="MemAvailable:")
+    known = [] if free is None else [free * 1024]
+    if limit is not None:
+        known.append(max(0, limit - (used or 0)))
+    return min(known, default=memory_bytes())
+
+
+def _first_number(file: str, *, after: str = "") -> int | None:
+    """The number behind some words at the beginning of a line; None where there is none."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        words = line.removeprefix(after).split()
+        if line.startswith(after) and words and words[0].isdecimal():
+            return int(words[0])
+    return None
+
+
 def code_version() -> str:
     """Milepost's version, with the commit where it runs from its own checkout.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+MEBIBYTE = 1 << 20
 GIBIBYTE = 1 << 30
 
 

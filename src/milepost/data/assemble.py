@@ -15,20 +15,13 @@ import numpy as np
 
 from milepost.core.errors import DataError
 from milepost.core.files import fsync_folder, read_json, storage_errors, write_json
+from milepost.data.piece_file import ENDINGS, SplitCounts, read_section
 from milepost.data.pieces import PieceFile
 from milepost.data.shards import DTYPES, OFFSET_DTYPE, FileRecord, ShardRecord, shard_record
-from milepost.data.tokenize import (
-    MAX_LISTED_DROPS,
-    SPLITS,
-    SplitCounts,
-    delete_output,
-    with_ending,
-)
+from milepost.data.tokenize import MAX_LISTED_DROPS, SPLITS
 
 SHARD_TOKENS = 1 << 27
 """A shard is closed by the piece that reaches this: 256 MiB in uint16."""
-
-ENDINGS = (".tokens", ".offsets", ".documents.jsonl")
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def assemble(
             if not record.exists():
                 write_json(record, asdict(_write_shard(out / name, group, split, dtype)))
             for file in group:
-                delete_output(file.folder / file.piece.files[split])
+                (file.folder / file.piece.files[split]).unlink(missing_ok=True)
             splits[split].append(shard_record(read_json(record, error=DataError)))
     return Assembled(splits=splits, drop_counts=_drop_counts(pieces), drops=_drops(pieces, sources))
 
@@ -96,7 +89,8 @@ def _write_shard(path: Path, group: list[PieceFile], split: str, dtype: str) -> 
     counts: list[SplitCounts] = [file.piece.splits[split] for file in group]
     num_tokens = sum(count.num_tokens for count in counts)
     tokens, offsets, documents = (
-        _write_file(with_ending(path, ending), _content(group, split, ending)) for ending in ENDINGS
+        _write_file(path.with_name(path.name + ending), _content(group, split, dtype, ending))
+        for ending in ENDINGS
     )
     assert tokens.size_bytes == num_tokens * DTYPES[dtype].itemsize
     with storage_errors(path):
@@ -111,16 +105,17 @@ def _write_shard(path: Path, group: list[PieceFile], split: str, dtype: str) -> 
     )
 
 
-def _content(group: list[PieceFile], split: str, ending: str) -> Iterator[bytes]:
+def _content(group: list[PieceFile], split: str, dtype: str, ending: str) -> Iterator[bytes]:
     """The bytes of one file of a shard, piece by piece."""
     before = 0
     for file in group:
-        data = with_ending(file.folder / file.piece.files[split], ending).read_bytes()
-        if ending == ".offsets":
-            starts = np.frombuffer(data, dtype=OFFSET_DTYPE) + np.uint64(before)
-            data = starts.astype(OFFSET_DTYPE).tobytes()
-            before += file.piece.splits[split].num_tokens
-        yield data
+        path, counts = file.folder / file.piece.files[split], file.piece.splits[split]
+        for data in read_section(path, counts=counts, dtype=dtype, ending=ending):
+            if ending == ".offsets":
+                starts = np.frombuffer(data, dtype=OFFSET_DTYPE) + np.uint64(before)
+                data = starts.astype(OFFSET_DTYPE).tobytes()
+            yield data
+        before += counts.num_tokens
     if ending == ".offsets":
         yield np.array([before], dtype=OFFSET_DTYPE).tobytes()
 

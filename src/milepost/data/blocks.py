@@ -188,10 +188,10 @@ class _LineCutter:
         if not newline:
             self._keep(data)
             return
-        first, _, others = head.partition(b"\n")
-        if self._is_too_long or self._rest_bytes + len(first) > MAX_DOCUMENT_BYTES:
+        first_bytes = head.find(b"\n") if b"\n" in head else len(head)
+        if self._is_too_long or self._rest_bytes + first_bytes > MAX_DOCUMENT_BYTES:
             yield from self._end_too_long_line()
-            complete = others + newline if b"\n" in head else b""
+            complete = head[first_bytes + 1 :] + newline if first_bytes < len(head) else b""
         else:
             complete = b"".join([*self._rest, head, newline])
         self._rest, self._rest_bytes = [], 0
@@ -279,7 +279,9 @@ def _rows(block: Block, text_field: str) -> Iterator[RawDocument | Problem]:
     assert block.path is not None
     row = block.first_line
     try:
-        with pyarrow.parquet.ParquetFile(block.path) as table:
+        # Read bit by bit: a row group can be as large as its file.
+        options = {"pre_buffer": False, "buffer_size": READ_BYTES}
+        with pyarrow.parquet.ParquetFile(block.path, **options) as table:
             num_rows = sum(table.metadata.row_group(g).num_rows for g in block.row_groups)
             names = table.schema_arrow.names
             if text_field not in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from milepost.data.shards import (
     fingerprint_of,
 )
 from milepost.data.sources import SourceFile
-from milepost.data.tokenize import Settings, split_of, usable_documents
+from milepost.data.tokenize import Settings, fast_encoder, split_of, usable_documents
+from milepost.text.fast_encoder import NoFastEncoderError
 from milepost.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 WORK_FOLDER = ".partial"
@@ -33,6 +35,9 @@ DROPPED = "dropped.jsonl"
 TRAIN_PREFIX = "train:"
 TRAIN_TEXT_BYTES = 128 << 20
 """A tokenizer is trained on so much of the training text, from its beginning."""
+
+FAST_FROM_BYTES = 16 << 20
+"""Smaller sources are done before the fast encoder would be open."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Preparation:
         units = self._units()
         with Fetcher(self._work / "hub", files=self.files) as fetcher:
             tokenizer = self._tokenizer(units, fetcher)
-            settings = self._settings(tokenizer)
+            settings = self._with_encoder(self._settings(tokenizer))
             pieces = make_pieces(
                 units,
                 work=self._work,
@@ -103,6 +108,19 @@ class Preparation:
             val_fraction=self.wanted["val_fraction"] or 0.0,
             skip_bad=self.wanted["skip_bad"],
         )
+
+    def _with_encoder(self, settings: Settings) -> Settings:
+        """Settings that take the fast encoder, where it is worth opening and there is one."""
+        if sum(file.size_bytes for file in self.files) < FAST_FROM_BYTES:
+            return settings
+        try:
+            encoder = fast_encoder(settings.tokenizer, settings.tokenizer_sha256)
+        except NoFastEncoderError as problem:
+            hint = f"; {problem.hint}" if problem.hint else ""
+            say(f"encoding at the slower rate: {problem.message}{hint}")
+            return settings
+        say(f"encoding with {encoder.name}")
+        return dataclasses.replace(settings, is_fast=True)
 
     def _tokenizer(self, units: list[Unit], fetcher: Fetcher) -> Tokenizer:
         """The tokenizer, from the copy in the work folder once there is one."""

@@ -8,17 +8,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from milepost.core.errors import DataError
-from milepost.core.files import write_atomically, write_json
+from milepost.core.files import write_json
 from milepost.data.blocks import Block, documents_of
 from milepost.data.document import HARMLESS_REASONS, Problem, RawDocument
-from milepost.data.shards import DTYPES, OFFSET_DTYPE
+from milepost.data.piece_file import PieceWriter, SplitCounts
+from milepost.data.shards import DTYPES
+from milepost.text.fast_encoder import FastEncoder, open_fast_encoder
 from milepost.text.tokenizer import Tokenizer, load_tokenizer
 
 MAX_LISTED_DROPS = 100
@@ -39,6 +41,7 @@ class Settings:
         text_field: key or column of the text.
         val_fraction: share of documents that are held out, by the hash of their text.
         skip_bad: drop what cannot be used instead of refusing.
+        is_fast: whether the ids come from the fast encoder; they are the same without it.
     """
 
     tokenizer: str
@@ -47,15 +50,7 @@ class Settings:
     text_field: str
     val_fraction: float
     skip_bad: bool
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """Counts of one split of a piece."""
-
-    num_tokens: int = 0
-    num_documents: int = 0
-    num_bytes: int = 0
+    is_fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,32 +61,13 @@ class Piece:
         splits: counts by split; a split without documents is absent.
         drop_counts: documents dropped, by reason.
         drops: the first of each reason: file number, line, reason, what, count.
-        files: path of each split's files, without the ending.
+        files: name of each split's file.
     """
 
     splits: dict[str, SplitCounts]
     drop_counts: dict[str, int]
     drops: list[dict[str, Any]]
     files: dict[str, str]
-
-
-@dataclass
-class _Output:
-    """Tokens of one split as they grow."""
-
-    tokens: list[np.ndarray] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    num_tokens: int = 0
-    num_bytes: int = 0
-
-    def add(self, ids: np.ndarray, *, number: int, document: RawDocument) -> None:
-        num_bytes = len(document.text.encode())
-        self.starts.append(self.num_tokens)
-        self.tokens.append(ids)
-        self.lines.append(json.dumps([number, document.line, num_bytes, document.id]))
-        self.num_tokens += len(ids)
-        self.num_bytes += num_bytes
 
 
 def read_piece(path: Path) -> Piece | None:
@@ -121,27 +97,31 @@ def tokenize_block(
         StorageError: the piece cannot be written.
     """
     tokenizer = _tokenizer(settings.tokenizer, settings.tokenizer_sha256)
-    outputs = {name: _Output() for name in SPLITS}
+    encoder = (
+        fast_encoder(settings.tokenizer, settings.tokenizer_sha256)
+        if settings.is_fast
+        else tokenizer
+    )
+    writers: dict[str, PieceWriter] = {}
     problems: list[tuple[int, Problem]] = []
-    for batch in _batches(block, settings, names, problems):
-        arrays = tokenizer.encode_batch([document.text for _, document in batch])
-        for (number, document), ids in zip(batch, arrays, strict=True):
-            chosen = split if split in SPLITS else split_of(document.text, settings.val_fraction)
-            whole = np.empty(len(ids) + 1, dtype=DTYPES[settings.dtype])
-            whole[0], whole[1:] = tokenizer.end_of_text_id, ids
-            outputs[chosen].add(whole, number=number, document=document)
-    used = {name: output for name, output in outputs.items() if output.starts}
+    with contextlib.ExitStack() as stack:
+        for batch in _batches(block, settings, names, problems):
+            arrays = encoder.encode_batch([document.text for _, document in batch])
+            for (number, document), ids in zip(batch, arrays, strict=True):
+                name = split if split in SPLITS else split_of(document.text, settings.val_fraction)
+                if name not in writers:
+                    writer = PieceWriter(path.with_name(f"{path.name}.{name}"))
+                    writers[name] = stack.enter_context(writer)
+                whole = np.empty(len(ids) + 1, dtype=DTYPES[settings.dtype])
+                whole[0], whole[1:] = tokenizer.end_of_text_id, ids
+                writers[name].add(whole, number=number, document=document)
+    used = [name for name in SPLITS if name in writers]
     piece = Piece(
-        splits={
-            name: SplitCounts(output.num_tokens, len(output.starts), output.num_bytes)
-            for name, output in used.items()
-        },
+        splits={name: writers[name].counts for name in used},
         drop_counts=_count(problems),
         drops=_first_of_each(problems),
         files={name: f"{path.name}.{name}" for name in used},
     )
-    for name, output in used.items():
-        _write_output(output, path.with_name(piece.files[name]))
     write_json(path.with_suffix(".json"), asdict(piece))
     return piece
 
@@ -151,6 +131,16 @@ def _tokenizer(folder: str, sha256: str) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.sha256 == sha256
     return tokenizer
+
+
+@functools.cache
+def fast_encoder(folder: str, sha256: str) -> FastEncoder:
+    """The fast encoder of a tokenizer, opened once a process.
+
+    Raises:
+        NoFastEncoderError: there is none.
+    """
+    return open_fast_encoder(_tokenizer(folder, sha256))
 
 
 def split_of(text: str, val_fraction: float) -> str:
@@ -221,22 +211,3 @@ def _first_of_each(problems: list[tuple[int, Problem]]) -> list[dict[str, Any]]:
         if seen[problem.reason] <= MAX_LISTED_DROPS:
             listed.append({"file": number} | asdict(problem))
     return listed
-
-
-def _write_output(output: _Output, path: Path) -> None:
-    write_atomically(with_ending(path, ".tokens"), np.concatenate(output.tokens).tobytes())
-    starts = np.array(output.starts, dtype=OFFSET_DTYPE)
-    write_atomically(with_ending(path, ".offsets"), starts.tobytes())
-    write_atomically(with_ending(path, ".documents.jsonl"), "\n".join(output.lines) + "\n")
-
-
-def with_ending(path: Path, ending: str) -> Path:
-    """The path with an ending after its whole name."""
-    return path.with_name(path.name + ending)
-
-
-def delete_output(path: Path) -> None:
-    """Deletes the three files of one split of a piece."""
-    for ending in (".tokens", ".offsets", ".documents.jsonl"):
-        with contextlib.suppress(FileNotFoundError):
-            with_ending(path, ending).unlink()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from milepost.config.schema import ModelSection
+from milepost.model.cpu_attention import attend_causally
 from milepost.model.layers import Linear
 from milepost.model.rope import rotate
 
@@ -58,6 +59,9 @@ class Attention(nn.Module):
         values_BGSH = self._heads(self.v_proj(hidden))
         if cache is not None:
             keys_BGSH, values_BGSH = cache.extend(keys_BGSH, values_BGSH)
+        elif mask is None and _has_faster_backward(query_BNTH):
+            attended_BTNH = attend_causally(query_BNTH, keys_BGSH, values_BGSH)
+            return self.o_proj(attended_BTNH.flatten(2))
         elif mask is not None or hidden.dtype == torch.float32:
             # CUDA's kernels share heads only in 16 bits and without a mask; otherwise
             # enable_gqa falls back to one that holds T x T scores.
@@ -135,6 +139,11 @@ class Attention(nn.Module):
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _has_faster_backward(query: Tensor) -> bool:
+    is_on_cpu = query.device.type == "cpu"
+    return is_on_cpu and query.dtype == torch.bfloat16 and query.requires_grad
 
 
 def _repeat_heads(heads_BGSH: Tensor, *, times: int) -> Tensor:

@@ -132,8 +132,10 @@ def estimate_duration(
     if tokens_per_second is None:
         if gpu is None:
             return None
-        recompute = config.train.recompute == "block"
-        assumed = ASSUMED_MFU_FRACTION_WITH_RECOMPUTE if recompute else ASSUMED_MFU_FRACTION
+        share = config.num_recomputed_blocks / config.model.num_hidden_layers
+        assumed = 1 / (
+            (1 - share) / ASSUMED_MFU_FRACTION + share / ASSUMED_MFU_FRACTION_WITH_RECOMPUTE
+        )
         work_flops = flops_per_token(
             config.model, sequence_length=config.data.sequence_length, lora=config.lora
         )

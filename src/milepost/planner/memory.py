@@ -1,54 +1,79 @@
-"""Memory of one rank and disk of a run, estimated from the config.
+"""Memory of one rank at the peak of a step, estimated from the config.
 
-Weights, gradients and optimizer states are exact counts; activations and the rest are
-estimates, each with its formula beside it.
+Weights, gradients, optimizer states and saved activations are counted; the buffers beside them
+are those of the code that has them. A step has four stages that can be its peak, and the estimate
+is that of the largest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal
 
-from milepost.config.schema import Config, ModelSection
+from milepost.config.schema import Config
 from milepost.core.errors import UsageError
-from milepost.core.units import GIBIBYTE
-from milepost.planner.cost import count_additions, count_parameters, count_trained, run_tokens
+from milepost.core.units import GIBIBYTE, MEBIBYTE
+from milepost.planner.activations import (
+    COMPUTE_BYTES,
+    FLOAT32_BYTES,
+    backward_bytes,
+    block_bytes_per_token,
+    block_casts_bytes,
+    final_norm_bytes,
+    is_planned_compiled,
+)
+from milepost.planner.cost import count_additions, count_parameters, count_trained
 
-FLOAT32_BYTES = 4
-COMPUTE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
-"""Bytes of a computed number; "auto" is planned as bfloat16, which it is on recent GPUs."""
+DeviceKind = Literal["cpu", "gpu"]
 
 LOSS_CHUNK_ROWS = 1024
-"""Rows of logits planned to exist at once."""
+"""Rows of logits that exist at once."""
 
-PROCESS_BYTES = 1 * GIBIBYTE
+LOSS_BLOCK_ROWS = 8
+"""Rows of float32 logits that exist at once on a CPU; on a GPU those of a chunk."""
+
+VOCABULARY_MULTIPLE = 64
+"""In 16 bits the head is padded to a multiple of so many columns."""
+
+GPU_PROCESS_BYTES = 1 * GIBIBYTE
 """The CUDA context, library workspaces and what the allocator cannot use; a rough figure."""
 
-FOLDER_BYTES = 4 << 20
-"""Tokenizer files, configs and manifests of a checkpoint, rounded up."""
+CPU_PROCESS_BYTES = 330 * MEBIBYTE
+"""Python, torch and its libraries, as measured (benchmarks/memory.py)."""
 
+CPU_HOLES, CPU_HOLES_COMPILED = 0.5, 0.2
+"""Of what a step takes and frees, what lies idle in the heap besides, as measured. Up to glibc
+2.37 an aligned block, as torch's are, does not go where one of its size was freed, but where a
+larger one was. With blocks that are mapped one by one (`glibc.malloc.mmap_threshold`) there are
+no such holes, and each step pays for fresh pages."""
 
-STEP_EVENT_BYTES = 640
-"""A step in the event log, with its share of the rarer events, rounded up."""
+CPU_COMPILER_BYTES = 90 * MEBIBYTE
+"""What compiling a block leaves in the process besides, as measured."""
 
-LOG_BYTES = 64 << 10
-"""The run's manifest and the events of its segments, of a few restarts too."""
-
-SAMPLE_BYTES = 1536
-SAMPLE_TOKEN_BYTES = 24
-"""A sample's record and event, and on top for each token its id and its text."""
+LOWBIT_UPDATE_BYTES = 24
+"""A number of the largest tensor while 8-bit AdamW updates it: six float32 at once."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes one rank holds at the peak of a step."""
+    """Bytes one rank holds at the peak of a step.
+
+    Attributes:
+        working_bytes: what the step's largest stage takes beside the rest: the loss, a block's
+            backward pass, the embedding's gradient or an update.
+        holes_bytes: what the heap has taken for these and cannot use again; 0 on a GPU.
+        save_bytes: the copy that is written while training goes on, and the file that is read
+            back, of the main rank; 0 on a GPU, whose host has them.
+    """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     casts_bytes: int
     activations_bytes: int
-    loss_bytes: int
+    working_bytes: int
+    holes_bytes: int
+    save_bytes: int
     process_bytes: int
 
     @property
@@ -57,70 +82,141 @@ class MemoryEstimate:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-@dataclass(frozen=True)
-class DiskEstimate:
-    """Bytes a run and its data take.
-
-    What a run is stopped for on request between two checkpoints, and damaged ones that were set
-    aside, come on top: nobody can plan them.
-
-    Attributes:
-        weights_bytes: of every checkpoint.
-        train_state_bytes: of each checkpoint that keeps one.
-        num_checkpoints: over the whole run.
-        num_train_states: kept at the end.
-        history_bytes: of the event log and the samples.
-        run_bytes: at the end of the run.
-        peak_bytes: at the end, while the last checkpoint is written beside what it replaces.
-        data_bytes: of shards that hold each of the run's tokens once.
-    """
-
-    weights_bytes: int
-    train_state_bytes: int
-    num_checkpoints: int
-    num_train_states: int
-    history_bytes: int
-    run_bytes: int
-    peak_bytes: int
-    data_bytes: int
-
-
 def estimate_memory(
-    config: Config, *, ranks: int = 1, microbatch_rows: int | None = None
+    config: Config,
+    *,
+    ranks: int = 1,
+    microbatch_rows: int | None = None,
+    device: DeviceKind = "gpu",
 ) -> MemoryEstimate:
-    """Peak memory of one rank.
+    """Peak memory of one rank: of its GPU, or its resident set on a CPU.
+
+    The resident set is the main rank's, with the allocator's settings of our launcher.
 
     Args:
         ranks: processes that share the lanes, one a GPU.
         microbatch_rows: in place of the config's.
+        device: what is trained on.
 
     Raises:
         UsageError: the lanes cannot be dealt to so many ranks.
     """
     lanes_per_rank = _lanes_per_rank(config.train.lanes, ranks=ranks)
-    model, num_trained = config.model, count_trained(config)
-    num_weights = count_parameters(model).total + count_additions(model, lora=config.lora)
-    width = COMPUTE_BYTES[config.train.precision]
-    rows = microbatch_rows or config.train.microbatch_rows
+    num_trained = count_trained(config)
+    num_weights = count_parameters(config.model).total
+    num_weights += count_additions(config.model, lora=config.lora)
+    rows = microbatch_rows or config.train.rows_of_forward
     tokens = rows * config.data.sequence_length
+    on_cpu = device == "cpu"
     # One flat buffer a level of the tree in which lanes are summed: log2(lanes) + 1.
     gradient_buffers = lanes_per_rank.bit_length()
+    num_at_once = max(1, config.model.num_hidden_layers - config.num_recomputed_blocks)
+    casts = num_at_once * block_casts_bytes(config)
+    activations = _activation_bytes(config, tokens=tokens, num_blocks=num_at_once, on_cpu=on_cpu)
+    largest = max(_stages(config, tokens=tokens, on_cpu=on_cpu))
     return MemoryEstimate(
         weights_bytes=FLOAT32_BYTES * num_weights,
         gradients_bytes=FLOAT32_BYTES * num_trained * gradient_buffers,
-        optimizer_bytes=2 * _moment_bytes(config, num_trained),
-        casts_bytes=_casts_bytes(config),
-        activations_bytes=tokens * _activation_bytes_per_token(config),
-        loss_bytes=_loss_bytes(model, tokens=tokens, width=width),
-        process_bytes=PROCESS_BYTES,
+        optimizer_bytes=2 * moment_bytes(config, num_trained),
+        casts_bytes=casts,
+        activations_bytes=activations,
+        working_bytes=largest - casts - activations,
+        holes_bytes=_holes_bytes(config, largest) if on_cpu else 0,
+        save_bytes=save_copy_bytes(config) + _read_back_bytes(config) if on_cpu else 0,
+        process_bytes=_process_bytes(config, on_cpu=on_cpu),
     )
 
 
-def _moment_bytes(config: Config, num_trained: int) -> int:
-    """One moment of AdamW; in 8 bits a byte a number, and a float32 scale for every 256."""
+def _holes_bytes(config: Config, step_bytes: int) -> int:
+    return int((CPU_HOLES_COMPILED if is_planned_compiled(config) else CPU_HOLES) * step_bytes)
+
+
+def _process_bytes(config: Config, *, on_cpu: bool) -> int:
+    if not on_cpu:
+        return GPU_PROCESS_BYTES
+    return CPU_PROCESS_BYTES + (CPU_COMPILER_BYTES if is_planned_compiled(config) else 0)
+
+
+def _activation_bytes(config: Config, *, tokens: int, num_blocks: int, on_cpu: bool) -> int:
+    """Of so many blocks, and the inputs of those that are computed again."""
+    width = COMPUTE_BYTES[config.train.precision]
+    inputs = config.num_recomputed_blocks * width * config.model.hidden_size
+    return tokens * (inputs + num_blocks * block_bytes_per_token(config, on_cpu=on_cpu))
+
+
+def _stages(config: Config, *, tokens: int, on_cpu: bool) -> list[int]:
+    """Bytes of casts, activations and buffers at each stage of a step that can be its peak.
+
+    The loss, when all blocks have saved what they do; the backward pass of the last block, or of
+    one that was computed again, by when all others' is freed; the embedding's gradient, at the
+    end; and the update of a tensor by 8-bit AdamW. A tied head's gradient waits for the
+    embedding's.
+    """
+    model = config.model
+    num_stored = model.num_hidden_layers - config.num_recomputed_blocks
+    casts = block_casts_bytes(config)
+    table = FLOAT32_BYTES * model.vocab_size * model.hidden_size
+    waiting = table if model.tie_word_embeddings and not config.lora.rank else 0
+
+    def saved(num_blocks: int) -> int:
+        kept = _activation_bytes(config, tokens=tokens, num_blocks=num_blocks, on_cpu=on_cpu)
+        return kept + num_blocks * casts
+
+    loss = saved(num_stored) + final_norm_bytes(config, tokens=tokens)
+    loss += _loss_bytes(config, tokens=tokens, on_cpu=on_cpu)
+    backward = saved(max(1, num_stored)) + backward_bytes(config, tokens=tokens) + waiting
+    embedding = 0
+    if not config.lora.rank:
+        embedding = waiting + table + FLOAT32_BYTES * tokens * model.hidden_size
+    return [loss, backward, embedding, _update_bytes(config)]
+
+
+def _update_bytes(config: Config) -> int:
+    """The buffers of an update; the fused AdamW has none."""
+    if config.optimizer.name != "adamw8bit":
+        return 0
+    model = config.model
+    sizes = [model.hidden_size * model.vocab_size, model.hidden_size * model.intermediate_size]
+    if config.lora.rank:
+        sizes = [config.lora.rank * model.intermediate_size]
+    return LOWBIT_UPDATE_BYTES * max(sizes)
+
+
+def _loss_bytes(config: Config, *, tokens: int, on_cpu: bool) -> int:
+    """The chunked cross-entropy: a chunk's logits, the head's gradient, 16-bit copies.
+
+    In float32: logits C V and the gradient V D. In 16 bits: logits in both widths, and the head
+    and the product of a chunk in 16 bits besides, all with padded columns. And the gradient of
+    the hidden states. Where the head is frozen it has no gradient.
+    """
+    model, width = config.model, COMPUTE_BYTES[config.train.precision]
+    is_wide, is_trained = width == FLOAT32_BYTES, not config.lora.rank
+    chunk_rows, columns = min(LOSS_CHUNK_ROWS, tokens), model.vocab_size
+    if not is_wide:
+        columns += -columns % VOCABULARY_MULTIPLE
+    logits = width * chunk_rows * columns
+    if on_cpu or not is_wide:
+        wide_rows = min(LOSS_BLOCK_ROWS, chunk_rows) if on_cpu else chunk_rows
+        logits += FLOAT32_BYTES * wide_rows * model.vocab_size
+    head = 0
+    if not is_wide:
+        head += width * columns * model.hidden_size * (2 if is_trained else 1)
+    if is_trained:
+        head += FLOAT32_BYTES * model.vocab_size * model.hidden_size
+    return logits + head + width * tokens * model.hidden_size
+
+
+def moment_bytes(config: Config, num_trained: int) -> int:
+    """Bytes of one moment of AdamW; in 8 bits a scale of 4 bytes for every 256 numbers besides."""
     if config.optimizer.name == "adamw8bit":
         return num_trained + FLOAT32_BYTES * num_trained // 256
     return FLOAT32_BYTES * num_trained
+
+
+def _read_back_bytes(config: Config) -> int:
+    """Of the larger file of a checkpoint, which a save maps to hold it against the copy."""
+    num_trained = count_trained(config)
+    return max(FLOAT32_BYTES * num_trained, 2 * moment_bytes(config, num_trained))
 
 
 def host_bytes(config: Config) -> int:
@@ -132,7 +228,7 @@ def host_bytes(config: Config) -> int:
     num_trained = count_trained(config)
     num_weights = count_parameters(config.model).total
     num_weights += count_additions(config.model, lora=config.lora)
-    read_bytes = FLOAT32_BYTES * num_trained + 2 * _moment_bytes(config, num_trained)
+    read_bytes = FLOAT32_BYTES * num_trained + 2 * moment_bytes(config, num_trained)
     return FLOAT32_BYTES * num_weights + read_bytes
 
 
@@ -140,17 +236,18 @@ def save_copy_bytes(config: Config) -> int:
     """Memory of the host that the main rank keeps for its saves while it trains.
 
     The copy of the masters and both moments that is written while training goes on, and the
-    weights in 16 bits where the model file has them so. On a CPU run it lies beside all that
-    `estimate_memory` counts.
+    weights in 16 bits where the model file has them so. On a CPU it lies beside the training.
     """
     num_trained = count_trained(config)
     weight_bytes = FLOAT32_BYTES
     if config.checkpoint.weights_dtype != "float32":
         weight_bytes += 2
-    return weight_bytes * num_trained + 2 * _moment_bytes(config, num_trained)
+    return weight_bytes * num_trained + 2 * moment_bytes(config, num_trained)
 
 
-def largest_microbatch_rows(config: Config, *, ranks: int, memory_bytes: int) -> int | None:
+def largest_microbatch_rows(
+    config: Config, *, ranks: int, memory_bytes: int, device: DeviceKind = "gpu"
+) -> int | None:
     """The most rows a forward pass can have in so much memory; None where not even one fits.
 
     Only numbers of rows that deal a lane out evenly are tried.
@@ -159,86 +256,10 @@ def largest_microbatch_rows(config: Config, *, ranks: int, memory_bytes: int) ->
     for rows in range(rows_per_lane, 0, -1):
         if rows_per_lane % rows:
             continue
-        needed = estimate_memory(config, ranks=ranks, microbatch_rows=rows)
+        needed = estimate_memory(config, ranks=ranks, microbatch_rows=rows, device=device)
         if needed.total_bytes <= memory_bytes:
             return rows
     return None
-
-
-class CheckpointBytes(NamedTuple):
-    """Bytes of one checkpoint on the disk: what stays, and the train state in it."""
-
-    weights_bytes: int
-    train_state_bytes: int
-
-
-def checkpoint_bytes(num_parameters: int, *, weights_dtype: str) -> CheckpointBytes:
-    """What one checkpoint takes on the disk, its small files among the weights.
-
-    Args:
-        num_parameters: of the model.
-        weights_dtype: of the model file; with "bfloat16" the train state has float32 masters.
-    """
-    moments = 2 * FLOAT32_BYTES
-    if weights_dtype == "float32":
-        weights, states = FLOAT32_BYTES, moments
-    else:
-        weights, states = 2, FLOAT32_BYTES + moments
-    return CheckpointBytes(weights * num_parameters + FOLDER_BYTES, states * num_parameters)
-
-
-def estimate_disk(config: Config) -> DiskEstimate:
-    """Disk of the checkpoints of a run, with the retention of its config, and of its data."""
-    checkpoint = config.checkpoint
-    weights_bytes, train_state_bytes = checkpoint_bytes(
-        count_trained(config), weights_dtype=checkpoint.weights_dtype
-    )
-    num_trained = count_trained(config)
-    train_state_bytes -= 2 * (FLOAT32_BYTES * num_trained - _moment_bytes(config, num_trained))
-    steps = _checkpoint_steps(config)
-    num_kept = _num_train_states(config, steps)
-    # Retention frees an old train state only after the new checkpoint is whole.
-    num_at_peak = _num_train_states(config, steps[:-1]) + 1
-    history_bytes = _history_bytes(config)
-    always_bytes = len(steps) * weights_bytes + history_bytes
-    token_bytes = 2 if config.model.vocab_size <= 1 << 16 else 4
-    return DiskEstimate(
-        weights_bytes=weights_bytes,
-        train_state_bytes=train_state_bytes,
-        num_checkpoints=len(steps),
-        num_train_states=num_kept,
-        history_bytes=history_bytes,
-        run_bytes=always_bytes + num_kept * train_state_bytes,
-        peak_bytes=always_bytes + num_at_peak * train_state_bytes,
-        data_bytes=run_tokens(config) * token_bytes,
-    )
-
-
-def _history_bytes(config: Config) -> int:
-    """The event log and the samples, their events among them; both only grow."""
-    steps, samples = config.last_step, config.samples
-    num_samples = 0
-    if samples.every_steps is not None:
-        num_samples = len(samples.prompts) * (2 + steps // samples.every_steps)
-    sample_bytes = SAMPLE_BYTES + SAMPLE_TOKEN_BYTES * samples.max_new_tokens
-    return LOG_BYTES + STEP_EVENT_BYTES * steps + sample_bytes * num_samples
-
-
-def _num_train_states(config: Config, steps: list[int]) -> int:
-    """How many of the checkpoints of these steps have a train state after the last of them."""
-    checkpoint = config.checkpoint
-    kept = set(steps[-checkpoint.keep_train_state :])
-    if checkpoint.keep_train_state_every_steps is not None:
-        kept |= {step for step in steps if step % checkpoint.keep_train_state_every_steps == 0}
-    if config.guards.spike == "rollback":
-        kept |= set([step for step in steps if step % checkpoint.every_steps == 0][-2:])
-    return len(kept)
-
-
-def _checkpoint_steps(config: Config) -> list[int]:
-    """Steps a checkpoint is written at: every interval, and at the end."""
-    steps = list(range(0, config.last_step + 1, config.checkpoint.every_steps))[1:]
-    return steps if steps and steps[-1] == config.last_step else [*steps, config.last_step]
 
 
 def _lanes_per_rank(lanes: int, *, ranks: int) -> int:
@@ -251,53 +272,3 @@ def _lanes_per_rank(lanes: int, *, ranks: int) -> int:
         f"{lanes} lanes cannot be dealt to {ranks} GPUs",
         hint=f"use {' or '.join(divisors)} GPUs{more_lanes}",
     )
-
-
-def _casts_bytes(config: Config) -> int:
-    """16-bit copies of the float32 weights that a forward pass makes and its backward needs."""
-    width = COMPUTE_BYTES[config.train.precision]
-    if width == FLOAT32_BYTES:
-        return 0
-    counted = count_parameters(config.model)
-    in_blocks = counted.attention + counted.feed_forward
-    in_blocks += count_additions(config.model, lora=config.lora)
-    if config.train.recompute == "block":
-        in_blocks //= config.model.num_hidden_layers
-    return width * in_blocks
-
-
-def _activation_bytes_per_token(config: Config) -> int:
-    """What a token leaves behind in the forward pass for the backward pass.
-
-    A block keeps its input, the input after each norm, the residual stream after attention,
-    queries and the attention's output (6 D); keys and values (2 G H); gate, up and their
-    product (3 F), all in the compute dtype; and a float32 log-sum a head. LoRA's additions keep
-    what lies between their two matrices, the rank of each. What is cheap to compute again inside
-    a compiled block is not counted. With recompute a block keeps its input only, and one block
-    at a time has the rest.
-    """
-    model, width = config.model, COMPUTE_BYTES[config.train.precision]
-    block = width * (
-        6 * model.hidden_size
-        + 2 * model.num_key_value_heads * model.head_dim
-        + 3 * model.intermediate_size
-        + (config.lora.rank or 0) * len(config.lora.targets)
-    )
-    block += FLOAT32_BYTES * model.num_attention_heads
-    if config.train.recompute == "block":
-        return model.num_hidden_layers * width * model.hidden_size + block
-    return model.num_hidden_layers * block
-
-
-def _loss_bytes(model: ModelSection, *, tokens: int, width: int) -> int:
-    """The chunked cross-entropy: logits of a chunk, the head's gradient, 16-bit copies.
-
-    In float32: logits C V and the gradient V D. In 16 bits: logits in both widths, and the head
-    and the product of a chunk in 16 bits besides. And the gradient of the hidden states.
-    """
-    chunk_rows = min(LOSS_CHUNK_ROWS, tokens)
-    logits = chunk_rows * model.vocab_size
-    head = model.vocab_size * model.hidden_size
-    sixteen_bit = 0 if width == FLOAT32_BYTES else width * (logits + 2 * head)
-    grad_hidden = width * tokens * model.hidden_size
-    return FLOAT32_BYTES * (logits + head) + sixteen_bit + grad_hidden

@@ -34,7 +34,7 @@ from milepost.runs.layout import RunLayout, step_of_folder
 from milepost.runs.manifest import RunManifest, write_run_manifest
 from milepost.runs.steps import is_run
 from milepost.text.tokenizer import Tokenizer
-from milepost.train.precision import resolve_compile, resolve_precision
+from milepost.train.resolving import resolve_config
 from milepost.trajectory.provenance import recipe_toml
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -203,11 +203,8 @@ def _refuse_settings(config: Config, *, usual: Config) -> None:
 def _resolved(config: Config) -> Config:
     """Every "auto" as this machine takes it, as a new run stores it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = {
-        "precision": resolve_precision(config.train.precision, device=device),
-        "compile": resolve_compile(config.train.compile, config=config, device=device),
-    }
-    return config.model_copy(update={"train": config.train.model_copy(update=resolved)})
+    # With how many ranks it will go on is not known; one needs the most memory.
+    return resolve_config(config, device=device, ranks=1)
 
 
 def _open_data(config: Config, *, loaded: LoadedModel) -> PreparedData:

@@ -21,6 +21,18 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 control characters more."""
 
 
+_BPE_OPTIONS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+)
+"""What a tokenizer.json may ask of byte-pair encoding beyond what GPT-2 does."""
+
+
 @functools.cache
 def byte_symbols() -> dict[int, str]:
     """The printable character that stands for each byte, in the order of GPT-2's ids.
@@ -101,6 +113,20 @@ def gpt2_tokenizer_json() -> dict[str, Any]:
         "decoder": byte_level | {"use_regex": True},
         "model": model,
     }
+
+
+def is_gpt2_like(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is GPT-2's but for its merges, its ids and its control tokens."""
+    model, cutter = content["model"], content.get("pre_tokenizer") or {}
+    return (
+        model.get("type") == "BPE"
+        and not any(model.get(key) for key in _BPE_OPTIONS)
+        and cutter.get("type") == "ByteLevel"
+        and cutter.get("add_prefix_space") is False
+        and cutter.get("use_regex", True) is True
+        and not content.get("normalizer")
+        and all(entry.get("special") for entry in content.get("added_tokens") or [])
+    )
 
 
 def added_token(content: str, token_id: int) -> dict[str, Any]:

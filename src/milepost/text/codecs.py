@@ -17,6 +17,7 @@ from milepost.text.byte_level import (
     WHITE_SPACE,
     gpt2_ranks,
     gpt2_tokenizer_json,
+    is_gpt2_like,
 )
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ MAX_ENCODED_CHARACTERS = 1 << 20
 
 LONG_RUN_CHARACTERS = 1000
 LONG_WORD_CHARACTERS = 10_000
-_WHITE_SPACE = re.compile(f"[{WHITE_SPACE}]")
 _LONG_WHITE_SPACE = re.compile(f"[{WHITE_SPACE}]{{{LONG_RUN_CHARACTERS},}}+")
 _TWO_WHITE_SPACES = re.compile(f"[{WHITE_SPACE}]{{2}}")
-_SAFE_CUT = re.compile(f"[^{WHITE_SPACE}](?= [^{WHITE_SPACE}])")
+_SOME_LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
+_SOME_SIGNS = r"!-/:-@\[-`{-~\u3001\u3002\uff01-\uff0f"
+_INSIDE_A_WORD = f"[{_SOME_LETTERS}](?=[0-9{_SOME_SIGNS}])|[0-9](?=[{_SOME_LETTERS}{_SOME_SIGNS}])"
+_SAFE_CUT = re.compile(f"[^{WHITE_SPACE}](?=[{WHITE_SPACE}])|{_INSIDE_A_WORD}")
+_END_OF_PIECE = re.compile(f"[{WHITE_SPACE}]|{_INSIDE_A_WORD}")
 
 Ids = np.ndarray
 """Token ids, uint32."""
@@ -63,7 +67,7 @@ class Gpt2Codec:
         )
 
     def encode(self, text: str) -> Ids:
-        arrays = [self._encode_part(part) for part in _parts(text)]
+        arrays = [self._encode_part(part) for part in parts(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def _encode_part(self, part: str) -> Ids:
@@ -83,13 +87,14 @@ class Gpt2Codec:
         return (), ()
 
 
-def _parts(text: str) -> Iterator[str]:
+def parts(text: str) -> Iterator[str]:
     """The text in parts whose ids, one after the other, are the ids of the whole.
 
-    GPT-2's pattern never looks back, no piece goes on past a character before white space, and
-    a run of white space before a word is one piece except for its last character. So it is
-    safe to cut before the single space of a word, and on both sides of such a piece. Runs of
-    white space are cut out because tiktoken's regular expressions overflow the stack on them.
+    GPT-2's pattern never looks back, no piece goes on past a character before white space, nor
+    past a letter or number before something of another kind, and a run of white space before a
+    word is one piece except for its last character. So it is safe to cut at all these places,
+    which are found in Chinese and in base64 as well. Runs of white space are cut out because
+    tiktoken's regular expressions overflow the stack on them.
     """
     start = 0
     for begin, end in _long_white_space(text):
@@ -111,10 +116,10 @@ def _short_parts(text: str) -> Iterator[str]:
 
 
 def _has_long_word(text: str) -> bool:
-    """Whether there are 20,000 characters in a row without white space, perhaps fewer."""
+    """Whether 20,000 characters in a row may be one piece, perhaps fewer."""
     starts = range(0, len(text) - LONG_WORD_CHARACTERS + 1, LONG_WORD_CHARACTERS)
     return any(
-        _WHITE_SPACE.search(text, start, start + LONG_WORD_CHARACTERS) is None for start in starts
+        _END_OF_PIECE.search(text, start, start + LONG_WORD_CHARACTERS) is None for start in starts
     )
 
 
@@ -141,9 +146,16 @@ class JsonCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        self._can_be_cut = is_gpt2_like(content)
 
     def encode(self, text: str) -> Ids:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        # tokenizers takes 200 bytes of memory a character.
+        if self._can_be_cut and len(text) > MAX_ENCODED_CHARACTERS:
+            return np.concatenate([self._encode_part(part) for part in parts(text)])
+        return self._encode_part(text)
+
+    def _encode_part(self, part: str) -> Ids:
+        encoding = self._tokenizer.encode(part, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:

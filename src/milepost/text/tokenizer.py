@@ -21,6 +21,7 @@ from milepost.text.byte_level import (
     added_token,
     bytes_of_token,
     gpt2_tokenizer_json,
+    is_gpt2_like,
 )
 from milepost.text.codecs import Codec, Gpt2Codec, Ids, JsonCodec
 
@@ -96,7 +97,15 @@ class Tokenizer:
         Raises:
             DataError: a text holds a lone surrogate.
         """
-        return [self._codec.encode(_checked(text)) for text in texts]
+        return [self._codec.encode(checked(text)) for text in texts]
+
+    def gpt2_like(self) -> dict[str, Any] | None:
+        """A tokenizer.json that does all that `encode` does, where that is what GPT-2 does with
+        other merges; else None."""
+        if not is_gpt2_like(self._content):
+            return None
+        content = _with_control(self._content, self._end_of_text, self.end_of_text_id)
+        return content | {"post_processor": None, "truncation": None, "padding": None}
 
     def fewest_tokens(self, text: str) -> int:
         """A number of ids that the text cannot take less than, without encoding it.
@@ -215,7 +224,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((_checked(text) for text in texts), trainer=trainer)
+    tokenizer.train_from_iterator((checked(text) for text in texts), trainer=trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
             f"the texts give a vocabulary of {tokenizer.get_vocab_size()}, not {vocab_size}",
@@ -229,8 +238,12 @@ def _gpt2() -> Tokenizer:
     return Tokenizer(name=GPT2, content=gpt2_tokenizer_json(), end_of_text=END_OF_TEXT)
 
 
-def _checked(text: str) -> str:
-    """The text, when it can be written as UTF-8."""
+def checked(text: str) -> str:
+    """The text, when it can be written as UTF-8.
+
+    Raises:
+        DataError: it holds a lone surrogate.
+    """
     if not text.isascii():
         try:
             text.encode()

@@ -26,6 +26,7 @@ from milepost.train.agreement import Agreement
 from milepost.train.disk_watch import DiskWatch
 from milepost.train.evaluating import make_evaluation, open_tasks
 from milepost.train.exactness import device_names, judge_exactness, machine_facts
+from milepost.train.float8 import float8_words
 from milepost.train.gradients import LaneGradients
 from milepost.train.guarding import Guarding
 from milepost.train.guards import ResumeDrift
@@ -359,6 +360,7 @@ def start_segment(
         reason=reason,
         compile=config.train.compile,
         precision=config.train.precision,
+        float8=config.train.float8,
         changed=[{"field": f, "old": o, "new": n} for f, o, n in opened.changed],
     )
     for field, old, new in opened.overrides:
@@ -369,6 +371,8 @@ def start_segment(
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     compiled = "compiled" if config.train.compile else "not compiled"
     say(f"{layout.root}: {where}; {ranks}, {config.train.precision}, {compiled}")
+    if config.train.float8 != "none":
+        say(float8_words(config, device=world.device))
     say(f"{exactness}: {reason}")
     if parts.replay.num_expected:
         say(f"{parts.replay.num_expected} logged steps will be run again and compared")

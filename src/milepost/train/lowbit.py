@@ -8,16 +8,14 @@ together again, to the same bits.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from milepost.config.schema import OptimizerSection
 from milepost.train.code_table import make_table
-from milepost.train.installed import check_optimizer
+from milepost.train.installed import check_optimizer, quiet_torchao
 
 _BLOCK_SIZE = 256
 _FEWEST_CODED = 4096
@@ -43,7 +41,7 @@ def build_adamw8bit(
         UsageError: torchao is not installed.
     """
     check_optimizer(config)
-    with _quiet():
+    with quiet_torchao():
         from torchao.optim import AdamW8bit
 
     class Uncompiled(AdamW8bit):
@@ -102,17 +100,6 @@ def _keep(value: torch.Tensor, *, name: str, state: dict[str, Any]) -> None:
     scale = blocks.abs().amax(-1).clip(1e-12)  # torchao's, so that no block is divided by 0
     held.codes.copy_(table.look_up(blocks / scale.view(-1, 1)).view(held.codes.shape))
     held.scale.copy_(scale)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torchao's talk of kernels that it does not find, and does not need here, to itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def is_coded(num_elements: int) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from milepost.config.schema import Config
 from milepost.model.attention import document_mask, mask_inside
-from milepost.model.llama import Llama, RunBlock, run_block
+from milepost.model.llama import Block, Llama, RunBlock, run_block
 from milepost.model.loss import training_loss
+from milepost.train.float8 import in_float8
 from milepost.train.precision import DTYPES
 from milepost.train.step import Objective
 
@@ -26,7 +25,7 @@ def build_objective(model: Llama, *, config: Config, end_of_text_id: int) -> Obj
         config: resolved; precision, compile and recompute are honored here.
         end_of_text_id: begins a document.
     """
-    block = _block_runner(config)
+    block = _block_runner(model, config=config)
     compute_dtype = DTYPES[config.train.precision]
 
     def objective(
@@ -53,12 +52,28 @@ def build_objective(model: Llama, *, config: Config, end_of_text_id: int) -> Obj
     return objective
 
 
-def _block_runner(config: Config) -> RunBlock:
+def _block_runner(model: Llama, *, config: Config) -> RunBlock:
     runner: RunBlock = run_block
     if config.train.compile:
         # Another shape would mean another graph and other bits: refuse it instead.
         torch._dynamo.config.error_on_recompile = True
         runner = torch.compile(run_block, dynamic=False, fullgraph=True)
-    if config.train.recompute == "block":
-        runner = partial(checkpoint, runner, use_reentrant=False)
-    return runner
+    if config.train.float8 != "none":
+        runner = in_float8(runner, model=model, kind=config.train.float8)
+    if config.num_recomputed_blocks == 0:
+        return runner
+    # The first ones: when the backward pass comes to them, the others' activations are gone.
+    recomputed = frozenset(model.model.layers[: config.num_recomputed_blocks])
+
+    def run(
+        block: Block,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if block in recomputed:
+            return checkpoint(runner, block, hidden, cos, sin, mask, use_reentrant=False)
+        return runner(block, hidden, cos, sin, mask)
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ from milepost.runs.layout import RunLayout
 from milepost.runs.lineage import ParentRequest
 from milepost.train.agreement import Agreement, agree
 from milepost.train.build import build, start_segment
+from milepost.train.compiling import CompilingReport
+from milepost.train.float8 import check_float8
+from milepost.train.forward_timing import has_run_out_of_memory
 from milepost.train.guarding import GuardStopped
-from milepost.train.installed import check_optimizer
+from milepost.train.installed import check_installed
 from milepost.train.loop import LoopParts, run_loop
 from milepost.train.opening import OpenedRun, open_run
 from milepost.train.periodic import Periodic
-from milepost.train.precision import (
-    check_compiler,
-    make_deterministic,
-    resolve_compile,
-    resolve_precision,
-)
+from milepost.train.precision import check_compiler, make_deterministic
 from milepost.train.pretraining import open_pretraining
+from milepost.train.resolving import resolve_config
 from milepost.train.stop import StopSignal
 from milepost.train.subject import Subject
 from milepost.train.trackers import check_trackers
@@ -95,7 +95,7 @@ def train_as_rank(
                 config=config,
                 recipe=recipe,
                 identity=subject.identity,
-                resolve=_resolver(world),
+                resolve=partial(resolve_config, device=world.device, ranks=world.size),
                 may_override=may_override,
                 begin_with=begin_with,
             ),
@@ -130,7 +130,7 @@ def _check_means(place: Place, config: Config) -> None:
     """Refuses what this many ranks, or what is installed, cannot do."""
     check_ranks(place.size, lanes=config.train.lanes)
     check_trackers(config.tracking.tools)
-    check_optimizer(config.optimizer)
+    check_installed(config)
 
 
 def _device_type(place: Place) -> str:
@@ -144,6 +144,7 @@ def _device_type(place: Place) -> str:
 
 def _prepare_torch(config: Config, *, world: World) -> None:
     check_compiler(config, device=world.device)
+    check_float8(config, device=world.device)
     if config.train.deterministic:
         make_deterministic(device=world.device)
 
@@ -170,7 +171,10 @@ def _start(
     say(subject.introduction(opened.config))
     start_segment(parts, opened=opened, subject=subject, world=world, layout=layout)
     tracking.start(opened.config.tracking, events=opened.events)
-    parts.periodic = [Periodic(1, tracking.look), *parts.periodic]
+    looks = [Periodic(1, tracking.look)]
+    if opened.config.train.compile:
+        looks.append(Periodic(1, CompilingReport(opened.events).look))
+    parts.periodic = [*looks, *parts.periodic]
 
 
 def _take_folder(layout: RunLayout, *, until: contextlib.ExitStack) -> None:
@@ -181,20 +185,6 @@ def _take_folder(layout: RunLayout, *, until: contextlib.ExitStack) -> None:
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     until.enter_context(exclusive_lock(layout.lock, what=str(run)))
-
-
-def _resolver(world: World) -> Callable[[Config], Config]:
-    def resolve(config: Config) -> Config:
-        train = config.train
-        resolved = train.model_copy(
-            update={
-                "precision": resolve_precision(train.precision, device=world.device),
-                "compile": resolve_compile(train.compile, config=config, device=world.device),
-            }
-        )
-        return config.model_copy(update={"train": resolved})
-
-    return resolve
 
 
 def _already_done(opened: OpenedRun | None, layout: RunLayout) -> Summary | None:
@@ -250,15 +240,12 @@ def _memory_errors(config: Config) -> Iterator[None]:
     """Says what to do where memory runs out inside the block."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_cpu_allocator = "can't allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not (
-            isinstance(error, torch.OutOfMemoryError) or is_cpu_allocator
-        ):
+    except (MemoryError, RuntimeError) as error:
+        if not has_run_out_of_memory(error):
             raise
         raise MilepostError(
             f"out of memory with train.microbatch_rows = {config.train.microbatch_rows}",
-            hint='lower train.microbatch_rows, or set train.recompute = "block"; milepost plan '
+            hint='lower train.microbatch_rows, or raise train.recompute to "block"; milepost plan '
             "says what fits",
         ) from error
 

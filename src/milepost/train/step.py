@@ -200,12 +200,13 @@ class Stepper:
         num_rows, num_targets = batch.num_rows, batch.num_targets
         rows_per_lane = num_rows // train.lanes
         first_row = world.rank * (num_rows // world.size)
+        microbatch_rows = train.rows_of_forward
         row_nats: list[torch.Tensor] = []
         for lane in range(train.lanes // world.size):
             self._gradients.begin_lane()
             lane_start = first_row + lane * rows_per_lane
-            for start in range(lane_start, lane_start + rows_per_lane, train.microbatch_rows):
-                rows = slice(start, start + train.microbatch_rows)
+            for start in range(lane_start, lane_start + rows_per_lane, microbatch_rows):
+                rows = slice(start, start + microbatch_rows)
                 inputs, targets = self._to_device(batch.inputs, batch.targets, rows=rows)
                 documents = None
                 if batch.documents is not None:

@@ -61,7 +61,7 @@ def make_validation(
         result = validate(
             model,
             rows=rows,
-            microbatch_rows=config.train.microbatch_rows,
+            microbatch_rows=config.train.rows_of_forward,
             compute_dtype=DTYPES[config.train.precision],
             chunk_rows=LOSS_CHUNK_ROWS,
             world=world,

@@ -1,0 +1,1 @@
+"""Contenders of `benchmarks/step.py`, each in a process of its own."""
