@@ -79,7 +79,7 @@ def test_a_profile_says_where_the_time_goes(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("question", ["resume", "certificate"])
 def test_a_run_is_killed_and_replayed(tmp_path: Path, question: str) -> None:
-    (row,) = _ask(tmp_path, question, "--steps", "12")
+    (row,) = _ask(tmp_path, question, "--steps", "160")  # seconds left when it is killed
     assert row["is_exact" if question == "resume" else "is_equal"]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from milepost.checkpoint.host_copy import HostCopy
 from milepost.checkpoint.state import Progress, TrainState
@@ -18,6 +20,7 @@ from milepost.model.llama import Llama
 from milepost.model.lora import LORA_TARGETS, add_lora
 from milepost.runs.layout import RunLayout
 from milepost.train.code_table import make_table
+from milepost.train.lowbit import UPDATE_NUMBERS
 from milepost.train.optimizer import (
     build_optimizer,
     moments_by_name,
@@ -125,11 +128,13 @@ def test_a_code_is_torchaos_for_every_kind_of_number(signed: bool) -> None:
 
 
 @pytest.mark.parametrize("lora_rank", [None, 64])
+@pytest.mark.parametrize("at_once", [256, 1024, 1 << 20])  # a block; some; a whole tensor
 def test_an_update_is_torchaos_own_to_the_bit(
-    monkeypatch: pytest.MonkeyPatch, lora_rank: int | None
+    monkeypatch: pytest.MonkeyPatch, lora_rank: int | None, at_once: int
 ) -> None:
     from torchao.optim import AdamW8bit
 
+    monkeypatch.setitem(UPDATE_NUMBERS, "cpu", at_once)
     ours, theirs = (Training(lora_rank=lora_rank) for _ in range(2))
     ours.update(to=5)
     with torch.compiler.set_stance("force_eager"):
@@ -138,6 +143,33 @@ def test_an_update_is_torchaos_own_to_the_bit(
     assert_equal(ours.weights, theirs.weights)
     assert_equal(ours.moments(), theirs.moments())
     assert any(name.startswith("exp_avg_codes.") for name in ours.moments())
+
+
+def test_an_update_holds_no_more_than_a_piece_of_a_tensor_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = Training()
+    training.update(to=1)  # the tables of codes are made
+    largest = max(weight.numel() for weight in training.weights.values())
+    monkeypatch.setitem(UPDATE_NUMBERS, "cpu", 512)
+    held = {p.grad.untyped_storage().data_ptr() for p in training.model.parameters()}  # type: ignore[union-attr]
+    for tensor in (*training.weights.values(), *training.moments().values()):
+        held.add(tensor.untyped_storage().data_ptr())
+    made = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if type(tensor) is torch.Tensor:
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in held:
+                        made.append(storage.nbytes())
+            return result
+
+    with Watched():
+        training.optimizer.step()
+    assert largest > 4096 and max(made) <= 8 * 4096  # small tensors are updated whole
 
 
 def test_what_is_restored_shares_no_memory_with_what_was_read() -> None:

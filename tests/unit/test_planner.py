@@ -28,6 +28,8 @@ from milepost.planner.duration import GPUS, estimate_duration, find_gpu, gpu_of_
 from milepost.planner.memory import (
     GPU_PROCESS_BYTES,
     LOSS_CHUNK_ROWS,
+    LOWBIT_UPDATE_NUMBERS,
+    LOWBIT_UPDATE_NUMBERS_CPU,
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
@@ -306,11 +308,16 @@ def test_a_plan_that_cannot_be_is_refused_with_a_message(
 
 
 def test_numbers_that_stand_in_two_places_agree() -> None:
+    pytest.importorskip("torch")
+    from milepost.train.lowbit import UPDATE_NUMBERS
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest, above = (".".join(map(str, v)) for v in (OLDEST_TORCH, FIRST_UNTRIED_TORCH))
     assert f"torch>={lowest},<{above}" in project["dependencies"]
     source = (ROOT / "src/milepost/train/objective.py").read_text(encoding="utf-8")
     assert f"LOSS_CHUNK_ROWS = {LOSS_CHUNK_ROWS}\n" in source
+    at_once = {"cpu": LOWBIT_UPDATE_NUMBERS_CPU, "cuda": LOWBIT_UPDATE_NUMBERS}
+    assert at_once == UPDATE_NUMBERS
 
 
 def test_the_doctor_says_what_will_be_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,10 @@ CPU_COMPILER_BYTES = 90 * MEBIBYTE
 """What compiling a block leaves in the process besides, as measured."""
 
 LOWBIT_UPDATE_BYTES = 24
-"""A number of the largest tensor while 8-bit AdamW updates it: six float32 at once."""
+"""A number while 8-bit AdamW updates it: six float32 at once."""
+
+LOWBIT_UPDATE_NUMBERS, LOWBIT_UPDATE_NUMBERS_CPU = 1 << 24, 1 << 20
+"""The most numbers of a tensor that 8-bit AdamW updates at once."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,10 @@ def _stages(config: Config, *, tokens: int, on_cpu: bool) -> list[int]:
     embedding = 0
     if not config.lora.rank:
         embedding = waiting + table + FLOAT32_BYTES * tokens * model.hidden_size
-    return [loss, backward, embedding, _update_bytes(config)]
+    return [loss, backward, embedding, _update_bytes(config, on_cpu=on_cpu)]
 
 
-def _update_bytes(config: Config) -> int:
+def _update_bytes(config: Config, *, on_cpu: bool) -> int:
     """The buffers of an update; the fused AdamW has none."""
     if config.optimizer.name != "adamw8bit":
         return 0
@@ -179,7 +182,8 @@ def _update_bytes(config: Config) -> int:
     sizes = [model.hidden_size * model.vocab_size, model.hidden_size * model.intermediate_size]
     if config.lora.rank:
         sizes = [config.lora.rank * model.intermediate_size]
-    return LOWBIT_UPDATE_BYTES * max(sizes)
+    most = LOWBIT_UPDATE_NUMBERS_CPU if on_cpu else LOWBIT_UPDATE_NUMBERS
+    return LOWBIT_UPDATE_BYTES * min(most, max(sizes))
 
 
 def _loss_bytes(config: Config, *, tokens: int, on_cpu: bool) -> int:

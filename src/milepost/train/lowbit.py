@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from milepost.config.schema import OptimizerSection
-from milepost.train.code_table import make_table
+from milepost.train.code_table import CodeTable, make_table
 from milepost.train.installed import check_optimizer, quiet_torchao
 
 _BLOCK_SIZE = 256
 _FEWEST_CODED = 4096
 _NUM_CODES = 256
 _PARTS = ("codes", "scale", "map")
+
+UPDATE_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Of a tensor, what is updated at once, by kind of device; multiples of a block. On a CPU a
+larger piece is no faster; on a GPU each takes the launches of thirty kernels."""
 
 
 def build_adamw8bit(
@@ -72,33 +76,65 @@ def build_adamw8bit(
 
 
 def _update(parameter: torch.Tensor, *, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """AdamW in float32, in place; each operation is torchao's, so that its bits are."""
-    beta1, beta2 = group["betas"]
-    gradient, lr = parameter.grad, group["lr"]
+    """AdamW in float32, in place; each operation is torchao's, so that its bits are.
+
+    A piece at a time: each number has an update of its own and every 256 a scale of their own, so
+    pieces move no bit, and what is float32 for a moment stays small beside a table of 10^8.
+    """
+    gradient = parameter.grad
     assert gradient is not None
     state["step"] += 1
-    mean_correction, square_correction = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-    mean = state["exp_avg"].float().lerp(gradient, 1 - beta1)
-    square = state["exp_avg_sq"].float().lerp(gradient.square(), 1 - beta2)
-    for moment, value in (("exp_avg", mean), ("exp_avg_sq", square)):
-        _keep(value, name=moment, state=state)
-    weights = parameter - lr * group["weight_decay"] * parameter
-    root = (square.sqrt() / square_correction.sqrt()) + group["eps"]
-    parameter.copy_(weights - lr * (mean / mean_correction) / root)
-
-
-def _keep(value: torch.Tensor, *, name: str, state: dict[str, Any]) -> None:
-    """Puts a moment back as it is held: in codes, each a part of its block's largest, or whole."""
-    held = state[name]
-    if not is_coded(held.numel()):
-        held.copy_(value)
+    moments = [state[name] for name in ("exp_avg", "exp_avg_sq")]
+    if not is_coded(parameter.numel()):
+        values = _update_piece(parameter, gradient, moments=moments, state=state, group=group)
+        for moment, value in zip(moments, values, strict=True):
+            moment.copy_(value)
         return
-    table = state.get(f"{name}_table")
-    if table is None:  # a look at the map waits for the GPU: once
-        table = state[f"{name}_table"] = make_table(held.qmap)
+    if "tables" not in state:  # a look at the map waits for the GPU: once
+        state["tables"] = [make_table(moment.qmap) for moment in moments]
+    weights, gradient = parameter.view(-1), gradient.reshape(-1)
+    num_at_once = UPDATE_NUMBERS[weights.device.type]
+    for start in range(0, weights.numel(), num_at_once):
+        piece = slice(start, start + num_at_once)
+        parts = [_piece_of(moment, piece) for moment in moments]
+        values = _update_piece(
+            weights[piece], gradient[piece], moments=parts, state=state, group=group
+        )
+        for part, value, table in zip(parts, values, state["tables"], strict=True):
+            _keep_codes(value, held=part, table=table)
+
+
+def _update_piece(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    moments: list[torch.Tensor],
+    state: dict[str, Any],
+    group: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Changes the weights; returns both new moments, in float32."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    mean_correction, square_correction = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+    mean = moments[0].float().lerp(gradient, 1 - beta1)
+    square = moments[1].float().lerp(gradient.square(), 1 - beta2)
+    decayed = weights - lr * group["weight_decay"] * weights
+    root = (square.sqrt() / square_correction.sqrt()) + group["eps"]
+    weights.copy_(decayed - lr * (mean / mean_correction) / root)
+    return mean, square
+
+
+def _piece_of(held: Any, piece: slice) -> Any:
+    """Some whole blocks of a moment of codes, in the same memory."""
+    blocks = slice(piece.start // _BLOCK_SIZE, piece.stop // _BLOCK_SIZE)
+    codes, scale = held.codes.view(-1)[piece], held.scale[blocks]
+    return type(held)(codes, scale, held.qmap, held.signed, dtype=held.dtype)
+
+
+def _keep_codes(value: torch.Tensor, *, held: Any, table: CodeTable) -> None:
+    """Codes a moment, each a part of its block's largest."""
     blocks = value.view(-1, _BLOCK_SIZE)
     scale = blocks.abs().amax(-1).clip(1e-12)  # torchao's, so that no block is divided by 0
-    held.codes.copy_(table.look_up(blocks / scale.view(-1, 1)).view(held.codes.shape))
+    held.codes.copy_(table.look_up(blocks / scale.view(-1, 1)).view(-1))
     held.scale.copy_(scale)
 
 
