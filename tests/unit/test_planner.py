@@ -22,6 +22,7 @@ from milepost.planner.cost import (
     count_trained,
     flops_per_token,
     run_tokens,
+    trained_sizes,
 )
 from milepost.planner.disk import estimate_disk
 from milepost.planner.duration import GPUS, estimate_duration, find_gpu, gpu_of_device
@@ -33,6 +34,7 @@ from milepost.planner.memory import (
     estimate_memory,
     host_bytes,
     largest_microbatch_rows,
+    moment_bytes,
     save_copy_bytes,
 )
 
@@ -215,6 +217,29 @@ def test_an_unknown_gpu_is_refused_with_the_list() -> None:
     assert all(gpu.name in caught.value.hint for gpu in GPUS)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["demo", "corpus-30m", "llama-124m", "sft-alpaca"])
+def test_planned_moments_are_those_that_an_optimizer_has(name: str, optimizer: str) -> None:
+    torch = pytest.importorskip("torch")
+    from milepost.model.llama import Llama
+    from milepost.model.lora import add_lora
+    from milepost.train.lowbit import code_bytes, is_coded
+
+    config = recipe(name, "--optimizer.name", optimizer)
+    with torch.device("meta"):
+        model = Llama(config.model)
+        if config.lora.rank:
+            lora = config.lora.model_dump(exclude={"rank"})
+            add_lora(model, rank=config.lora.rank, seed=1, **lora)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert sorted(sizes) == sorted(trained_sizes(config))
+    has_codes = optimizer == "adamw8bit"
+    wanted = sum(code_bytes(n) if has_codes and is_coded(n) else 4 * n for n in sizes)
+    assert moment_bytes(config) == wanted
+    # 384 x 50,257 is no multiple of 256: the largest tensor of corpus-30m stays float32.
+    assert is_coded(max(sizes)) == (name != "corpus-30m")
+
+
 def test_lora_trains_its_additions_and_keeps_what_they_need() -> None:
     config = recipe("sft-alpaca")
     assert count_additions(config.model, lora=config.lora) == 160_432_128  # section IV.B
@@ -225,7 +250,8 @@ def test_lora_trains_its_additions_and_keeps_what_they_need() -> None:
     needed, of_whole = estimate_memory(config), estimate_memory(whole)
     assert needed.weights_bytes == of_whole.weights_bytes + 4 * 160_432_128
     assert needed.gradients_bytes == 2 * 4 * 160_432_128  # a buffer a level of two lanes
-    assert needed.optimizer_bytes == 2 * (160_432_128 + 4 * 160_432_128 // 256)
+    with_scales = 160_432_128 + 4 * 160_432_128 // 256
+    assert needed.optimizer_bytes == 2 * (with_scales + 36 * 14 * 1024)  # two tensors a projection
     assert of_whole.optimizer_bytes == 8 * DMAS_PARAMETERS
     assert estimate_disk(config).train_state_bytes == needed.optimizer_bytes
     stored = [

@@ -59,25 +59,44 @@ def count_parameters(model: ModelSection) -> ParameterCount:
 def count_additions(model: ModelSection, *, lora: LoraSection) -> int:
     """Parameters of LoRA's additions, rank x (in + out) a projection (Hu et al. 2021, section 4);
     0 where all weights are trained."""
+    return model.num_hidden_layers * sum(_additions_of_block(model, lora))
+
+
+def _additions_of_block(model: ModelSection, lora: LoraSection) -> list[int]:
+    shapes = _projections(model)
+    rank = lora.rank or 0
+    return [rank * size for target in lora.targets for size in shapes[target]]
+
+
+def _projections(model: ModelSection) -> dict[str, tuple[int, int]]:
+    """Numbers in and out of the projections of a block."""
     width, kv_width = model.hidden_size, model.num_key_value_heads * model.head_dim
     ffn_width = model.intermediate_size
-    in_and_out = {
-        "q_proj": 2 * width,
-        "k_proj": width + kv_width,
-        "v_proj": width + kv_width,
-        "o_proj": 2 * width,
-        "gate_proj": width + ffn_width,
-        "up_proj": width + ffn_width,
-        "down_proj": width + ffn_width,
+    return {
+        "q_proj": (width, width),
+        "k_proj": (width, kv_width),
+        "v_proj": (width, kv_width),
+        "o_proj": (width, width),
+        "gate_proj": (width, ffn_width),
+        "up_proj": (width, ffn_width),
+        "down_proj": (ffn_width, width),
     }
-    per_layer = sum(in_and_out[target] for target in lora.targets)
-    return model.num_hidden_layers * (lora.rank or 0) * per_layer
+
+
+def trained_sizes(config: Config) -> list[int]:
+    """Numbers of each tensor that is trained: LoRA's additions, or all of the model's."""
+    model = config.model
+    if config.lora.rank:
+        return model.num_hidden_layers * _additions_of_block(model, config.lora)
+    norms = [model.hidden_size] * (2 * model.num_hidden_layers + 1)
+    matrices = [num_in * num_out for num_in, num_out in _projections(model).values()]
+    tables = [model.vocab_size * model.hidden_size] * (1 if model.tie_word_embeddings else 2)
+    return tables + model.num_hidden_layers * matrices + norms
 
 
 def count_trained(config: Config) -> int:
     """Parameters that are trained: LoRA's additions, or all of the model's."""
-    additions = count_additions(config.model, lora=config.lora)
-    return additions or count_parameters(config.model).total
+    return sum(trained_sizes(config))
 
 
 def flops_per_token(

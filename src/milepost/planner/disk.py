@@ -80,7 +80,7 @@ def estimate_disk(config: Config) -> DiskEstimate:
         count_trained(config), weights_dtype=checkpoint.weights_dtype
     )
     num_trained = count_trained(config)
-    train_state_bytes -= 2 * (FLOAT32_BYTES * num_trained - moment_bytes(config, num_trained))
+    train_state_bytes -= 2 * (FLOAT32_BYTES * num_trained - moment_bytes(config))
     steps = _checkpoint_steps(config)
     num_kept = _num_train_states(config, steps)
     # Retention frees an old train state only after the new checkpoint is whole.

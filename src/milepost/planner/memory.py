@@ -22,7 +22,12 @@ from milepost.planner.activations import (
     final_norm_bytes,
     is_planned_compiled,
 )
-from milepost.planner.cost import count_additions, count_parameters, count_trained
+from milepost.planner.cost import (
+    count_additions,
+    count_parameters,
+    count_trained,
+    trained_sizes,
+)
 
 DeviceKind = Literal["cpu", "gpu"]
 
@@ -49,6 +54,9 @@ no such holes, and each step pays for fresh pages."""
 
 CPU_COMPILER_BYTES = 90 * MEBIBYTE
 """What compiling a block leaves in the process besides, as measured."""
+
+CPU_LOWBIT_BYTES = 75 * MEBIBYTE
+"""torchao and the tables of its codes, as measured."""
 
 LOWBIT_UPDATE_BYTES = 24
 """A number while 8-bit AdamW updates it: six float32 at once."""
@@ -120,7 +128,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights_bytes=FLOAT32_BYTES * num_weights,
         gradients_bytes=FLOAT32_BYTES * num_trained * gradient_buffers,
-        optimizer_bytes=2 * moment_bytes(config, num_trained),
+        optimizer_bytes=2 * moment_bytes(config),
         casts_bytes=casts,
         activations_bytes=activations,
         working_bytes=largest - casts - activations,
@@ -137,7 +145,12 @@ def _holes_bytes(config: Config, step_bytes: int) -> int:
 def _process_bytes(config: Config, *, on_cpu: bool) -> int:
     if not on_cpu:
         return GPU_PROCESS_BYTES
-    return CPU_PROCESS_BYTES + (CPU_COMPILER_BYTES if is_planned_compiled(config) else 0)
+    num_bytes = CPU_PROCESS_BYTES
+    if is_planned_compiled(config):
+        num_bytes += CPU_COMPILER_BYTES
+    if config.optimizer.name == "adamw8bit":
+        num_bytes += CPU_LOWBIT_BYTES
+    return num_bytes
 
 
 def _activation_bytes(config: Config, *, tokens: int, num_blocks: int, on_cpu: bool) -> int:
@@ -178,12 +191,8 @@ def _update_bytes(config: Config, *, on_cpu: bool) -> int:
     """The buffers of an update; the fused AdamW has none."""
     if config.optimizer.name != "adamw8bit":
         return 0
-    model = config.model
-    sizes = [model.hidden_size * model.vocab_size, model.hidden_size * model.intermediate_size]
-    if config.lora.rank:
-        sizes = [config.lora.rank * model.intermediate_size]
     most = LOWBIT_UPDATE_NUMBERS_CPU if on_cpu else LOWBIT_UPDATE_NUMBERS
-    return LOWBIT_UPDATE_BYTES * min(most, max(sizes))
+    return LOWBIT_UPDATE_BYTES * min(most, max(trained_sizes(config)))
 
 
 def _loss_bytes(config: Config, *, tokens: int, on_cpu: bool) -> int:
@@ -210,17 +219,26 @@ def _loss_bytes(config: Config, *, tokens: int, on_cpu: bool) -> int:
     return logits + head + width * tokens * model.hidden_size
 
 
-def moment_bytes(config: Config, num_trained: int) -> int:
-    """Bytes of one moment of AdamW; in 8 bits a scale of 4 bytes for every 256 numbers besides."""
-    if config.optimizer.name == "adamw8bit":
-        return num_trained + FLOAT32_BYTES * num_trained // 256
-    return FLOAT32_BYTES * num_trained
+def moment_bytes(config: Config) -> int:
+    """Bytes of one moment of AdamW.
+
+    In 8 bits a tensor of 4096 numbers or more, a multiple of 256, has a byte for each, a scale of
+    4 bytes for every 256 and a map of 1,024 bytes; any other stays float32 (`train.lowbit`).
+    """
+    sizes = trained_sizes(config)
+    if config.optimizer.name != "adamw8bit":
+        return FLOAT32_BYTES * sum(sizes)
+    return sum(
+        size + FLOAT32_BYTES * (size // 256 + 256)
+        if size >= 4096 and size % 256 == 0
+        else FLOAT32_BYTES * size
+        for size in sizes
+    )
 
 
 def _read_back_bytes(config: Config) -> int:
     """Of the larger file of a checkpoint, which a save maps to hold it against the copy."""
-    num_trained = count_trained(config)
-    return max(FLOAT32_BYTES * num_trained, 2 * moment_bytes(config, num_trained))
+    return max(FLOAT32_BYTES * count_trained(config), 2 * moment_bytes(config))
 
 
 def host_bytes(config: Config) -> int:
@@ -232,7 +250,7 @@ def host_bytes(config: Config) -> int:
     num_trained = count_trained(config)
     num_weights = count_parameters(config.model).total
     num_weights += count_additions(config.model, lora=config.lora)
-    read_bytes = FLOAT32_BYTES * num_trained + 2 * moment_bytes(config, num_trained)
+    read_bytes = FLOAT32_BYTES * num_trained + 2 * moment_bytes(config)
     return FLOAT32_BYTES * num_weights + read_bytes
 
 
@@ -246,7 +264,7 @@ def save_copy_bytes(config: Config) -> int:
     weight_bytes = FLOAT32_BYTES
     if config.checkpoint.weights_dtype != "float32":
         weight_bytes += 2
-    return weight_bytes * num_trained + 2 * moment_bytes(config, num_trained)
+    return weight_bytes * num_trained + 2 * moment_bytes(config)
 
 
 def largest_microbatch_rows(

@@ -85,13 +85,9 @@ def _update(parameter: torch.Tensor, *, state: dict[str, Any], group: dict[str, 
     assert gradient is not None
     state["step"] += 1
     moments = [state[name] for name in ("exp_avg", "exp_avg_sq")]
-    if not is_coded(parameter.numel()):
-        values = _update_piece(parameter, gradient, moments=moments, state=state, group=group)
-        for moment, value in zip(moments, values, strict=True):
-            moment.copy_(value)
-        return
-    if "tables" not in state:  # a look at the map waits for the GPU: once
+    if is_of_codes(moments[0]) and "tables" not in state:  # a look at the map waits for the GPU
         state["tables"] = [make_table(moment.qmap) for moment in moments]
+    tables = state.get("tables", (None, None))
     weights, gradient = parameter.view(-1), gradient.reshape(-1)
     num_at_once = UPDATE_NUMBERS[weights.device.type]
     for start in range(0, weights.numel(), num_at_once):
@@ -100,8 +96,8 @@ def _update(parameter: torch.Tensor, *, state: dict[str, Any], group: dict[str, 
         values = _update_piece(
             weights[piece], gradient[piece], moments=parts, state=state, group=group
         )
-        for part, value, table in zip(parts, values, state["tables"], strict=True):
-            _keep_codes(value, held=part, table=table)
+        for part, value, table in zip(parts, values, tables, strict=True):
+            _keep(value, held=part, table=table)
 
 
 def _update_piece(
@@ -124,14 +120,19 @@ def _update_piece(
 
 
 def _piece_of(held: Any, piece: slice) -> Any:
-    """Some whole blocks of a moment of codes, in the same memory."""
+    """Some numbers of a moment, of codes whole blocks, in the same memory."""
+    if not is_of_codes(held):
+        return held.view(-1)[piece]
     blocks = slice(piece.start // _BLOCK_SIZE, piece.stop // _BLOCK_SIZE)
     codes, scale = held.codes.view(-1)[piece], held.scale[blocks]
     return type(held)(codes, scale, held.qmap, held.signed, dtype=held.dtype)
 
 
-def _keep_codes(value: torch.Tensor, *, held: Any, table: CodeTable) -> None:
-    """Codes a moment, each a part of its block's largest."""
+def _keep(value: torch.Tensor, *, held: Any, table: CodeTable | None) -> None:
+    """Puts a moment back as it is held: in codes, each a part of its block's largest, or whole."""
+    if table is None:
+        held.copy_(value)
+        return
     blocks = value.view(-1, _BLOCK_SIZE)
     scale = blocks.abs().amax(-1).clip(1e-12)  # torchao's, so that no block is divided by 0
     held.codes.copy_(table.look_up(blocks / scale.view(-1, 1)).view(-1))
