@@ -46,11 +46,11 @@ GPU_PROCESS_BYTES = 1 * GIBIBYTE
 CPU_PROCESS_BYTES = 330 * MEBIBYTE
 """Python, torch and its libraries, as measured (benchmarks/memory.py)."""
 
-CPU_HOLES, CPU_HOLES_COMPILED = 0.5, 0.2
-"""Of what a step takes and frees, what lies idle in the heap besides, as measured. Up to glibc
-2.37 an aligned block, as torch's are, does not go where one of its size was freed, but where a
-larger one was. With blocks that are mapped one by one (`glibc.malloc.mmap_threshold`) there are
-no such holes, and each step pays for fresh pages."""
+CPU_HOLES, CPU_LOSS_HOLES = 0.5, 0.6
+"""What lies idle in the heap besides: of what blocks that are not compiled save, and of what the
+loss takes; chosen after measuring. Up to glibc 2.37 an aligned block, as torch's are, does not go
+where one of its size was freed, but where a larger one was. With blocks that are mapped one by
+one (`glibc.malloc.mmap_threshold`) there are no such holes, and each step pays for fresh pages."""
 
 CPU_COMPILER_BYTES = 90 * MEBIBYTE
 """What compiling a block leaves in the process besides, as measured."""
@@ -125,6 +125,7 @@ def estimate_memory(
     casts = num_at_once * block_casts_bytes(config)
     activations = _activation_bytes(config, tokens=tokens, num_blocks=num_at_once, on_cpu=on_cpu)
     largest = max(_stages(config, tokens=tokens, on_cpu=on_cpu))
+    holes = _holes_bytes(config, saved_bytes=casts + activations, tokens=tokens)
     return MemoryEstimate(
         weights_bytes=FLOAT32_BYTES * num_weights,
         gradients_bytes=FLOAT32_BYTES * num_trained * gradient_buffers,
@@ -132,14 +133,15 @@ def estimate_memory(
         casts_bytes=casts,
         activations_bytes=activations,
         working_bytes=largest - casts - activations,
-        holes_bytes=_holes_bytes(config, largest) if on_cpu else 0,
+        holes_bytes=holes if on_cpu else 0,
         save_bytes=save_copy_bytes(config) + _read_back_bytes(config) if on_cpu else 0,
         process_bytes=_process_bytes(config, on_cpu=on_cpu),
     )
 
 
-def _holes_bytes(config: Config, step_bytes: int) -> int:
-    return int((CPU_HOLES_COMPILED if is_planned_compiled(config) else CPU_HOLES) * step_bytes)
+def _holes_bytes(config: Config, *, saved_bytes: int, tokens: int) -> int:
+    in_blocks = 0.0 if is_planned_compiled(config) else CPU_HOLES * saved_bytes
+    return int(in_blocks + CPU_LOSS_HOLES * _loss_bytes(config, tokens=tokens, on_cpu=True))
 
 
 def _process_bytes(config: Config, *, on_cpu: bool) -> int:
