@@ -79,7 +79,9 @@ def test_a_profile_says_where_the_time_goes(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("question", ["resume", "certificate"])
 def test_a_run_is_killed_and_replayed(tmp_path: Path, question: str) -> None:
-    (row,) = _ask(tmp_path, question, "--steps", "160")  # seconds left when it is killed
+    # So many that it is killed seconds before its end.
+    words = ("--steps", "160", "--override", "train.total_steps=160")
+    (row,) = _ask(tmp_path, question, *words)
     assert row["is_exact" if question == "resume" else "is_equal"]
 
 
