@@ -36,11 +36,9 @@ def initialize(model: Llama, *, config: ModelSection, seed: int) -> None:
         generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
         is_in_place = parameter.device.type == "cpu" and parameter.dtype == torch.float32
         # A table of the vocabulary drawn beside its place leaves a hole of its size in the heap.
-        values = (
-            parameter
-            if is_in_place
-            else torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        )
+        values = parameter
+        if not is_in_place:
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         values.normal_(0.0, _standard_deviation(name, config), generator=generator)
         if not is_in_place:
             parameter.copy_(values)
