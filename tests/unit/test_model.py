@@ -150,3 +150,12 @@ def test_a_missing_size_is_named() -> None:
     del config["intermediate_size"]
     with pytest.raises(UsageError, match=r"config\.json has no intermediate_size"):
         model_section_from_hf(config)
+
+
+def test_weights_drawn_in_their_place_have_the_bits_of_those_drawn_beside_it() -> None:
+    in_place, beside = tiny_model(), tiny_model().double()
+    for model in (in_place, beside):
+        initialize(model, config=model.config, seed=3)
+    pairs = zip(in_place.parameters(), beside.parameters(), strict=True)
+    assert all(torch.equal(one, other.float()) for one, other in pairs)
+    assert in_place.model.embed_tokens.weight.std() > 0

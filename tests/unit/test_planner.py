@@ -334,14 +334,17 @@ def test_a_plan_that_cannot_be_is_refused_with_a_message(
 
 
 def test_numbers_that_stand_in_two_places_agree() -> None:
-    pytest.importorskip("torch")
-    from milepost.train.lowbit import UPDATE_NUMBERS
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest, above = (".".join(map(str, v)) for v in (OLDEST_TORCH, FIRST_UNTRIED_TORCH))
     assert f"torch>={lowest},<{above}" in project["dependencies"]
     source = (ROOT / "src/milepost/train/objective.py").read_text(encoding="utf-8")
     assert f"LOSS_CHUNK_ROWS = {LOSS_CHUNK_ROWS}\n" in source
+
+
+def test_planned_pieces_of_an_update_are_those_that_it_takes() -> None:
+    pytest.importorskip("torch")
+    from milepost.train.lowbit import UPDATE_NUMBERS
+
     at_once = {"cpu": LOWBIT_UPDATE_NUMBERS_CPU, "cuda": LOWBIT_UPDATE_NUMBERS}
     assert at_once == UPDATE_NUMBERS
 
