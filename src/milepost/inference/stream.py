@@ -167,7 +167,7 @@ def stream_text(
         tokens.close()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream_tokens(
     model: Llama | FastDecoder,
     prompts_ids: Sequence[Sequence[int]],
