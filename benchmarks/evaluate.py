@@ -33,7 +33,10 @@ from milepost.distributed.launch import KEEP_FREED_MEMORY
 from milepost.distributed.place import RENDEZVOUS_VARIABLE, read_place
 from milepost.runs.events import utc_now
 
-BATCH_SIZES = (1, 4, 8, 16, 32, 64, "auto")
+BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+"""Not "auto": on a CPU it starts from 64 rows of the model's whole context and never learns that
+memory has run out: the kernel ends it. Where it lived it was the slowest of all."""
+
 THREADS = 2
 TRIAL_SHARE = 4
 """The harness tries its batch sizes on one item in so many."""
