@@ -1,12 +1,13 @@
-"""How many items a second matrix products alone would allow, whatever else is made faster.
+"""How many items a second matrix products alone would allow at the rate of `torch.mm`.
 
 Counted are the floating-point operations of all products but attention's: of the least that
 predicts every answer's tokens (each token of the tree of all texts once, the last block and the
 head at the places of answers), of Milepost's rows, and of lm-evaluation-harness (each different
 text whole, without padding; answers of one token share a pass). They are set against the best
-rate that two processes of one thread reach side by side on products of these shapes. The bound on
-the ratio is that rate's items a second over the harness's from `evaluate.py`. One JSON row a
-benchmark and dtype on stdout.
+rate that two processes of one thread reach side by side with `torch.mm` on these shapes; where
+another kernel is faster, as oneDNN's with packed weights is in float32, more is possible. Over
+the harness's items a second from `evaluate.py` it is a ratio. One JSON row a benchmark and dtype
+on stdout.
 
 `python benchmarks/evaluate_bound.py --data-dir DIR [--limit 256]`
 """
