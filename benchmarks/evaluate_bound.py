@@ -1,13 +1,12 @@
-"""How many items a second matrix products alone would allow at the rate of `torch.mm`.
+"""How many items a second matrix products alone would allow.
 
 Counted are the floating-point operations of all products but attention's: of the least that
 predicts every answer's tokens (each token of the tree of all texts once, the last block and the
 head at the places of answers), of Milepost's rows, and of lm-evaluation-harness (each different
 text whole, without padding; answers of one token share a pass). They are set against the best
-rate that two processes of one thread reach side by side with `torch.mm` on these shapes; where
-another kernel is faster, as oneDNN's with packed weights is in float32, more is possible. Over
-the harness's items a second from `evaluate.py` it is a ratio. One JSON row a benchmark and dtype
-on stdout.
+rate that two processes of one thread reach side by side on these shapes, with `torch.mm` or with
+a packed weight. Over the harness's items a second from `evaluate.py` it is a ratio. One JSON row
+a benchmark and dtype on stdout.
 
 `python benchmarks/evaluate_bound.py --data-dir DIR [--limit 256]`
 """
@@ -19,8 +18,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from milepost.core.environment import code_version
 from milepost.core.files import strict
 from milepost.evaluation.benchmarks import open_benchmark
 from milepost.evaluation.packing import ROW_TOKENS, Pair, count_shared, plan_rows
+from milepost.model.packed_weight import packed
 from milepost.runs.events import utc_now
 from milepost.text.tokenizer import load_tokenizer
 
@@ -124,21 +125,29 @@ def _best_rates(config: ModelSection, *, dtype: str) -> dict[str, float]:
     return {name: min(rates[name] for rates in found) for name in found[0]}
 
 
+@torch.inference_mode()
 def _rates(shapes: list[tuple[int, int]], dtype: str) -> dict[str, float]:
     torch.set_num_threads(1)
-    return {f"{TOKENS} x {i} x {o}": _rate(i, o, getattr(torch, dtype)) for i, o in shapes}
+    found = {}
+    for num_in, num_out in shapes:
+        x = torch.randn(TOKENS, num_in).to(getattr(torch, dtype))
+        weight = torch.randn(num_out, num_in).to(x.dtype)
+        result = torch.empty(TOKENS, num_out, dtype=x.dtype)
+        operations = 2 * TOKENS * num_in * num_out / 1e9
+        shape = f"{TOKENS} x {num_in} x {num_out}"
+        as_it_lies = partial(torch.mm, x, weight.t(), out=result)
+        found[f"torch.mm {shape}"] = operations / _seconds(as_it_lies)
+        found[f"packed {shape}"] = operations / _seconds(partial(packed(weight), x))
+    return found
 
 
-def _rate(num_in: int, num_out: int, dtype: torch.dtype) -> float:
-    x = torch.randn(TOKENS, num_in).to(dtype)
-    weight = torch.randn(num_out, num_in).to(dtype)
-    result = torch.empty(TOKENS, num_out, dtype=dtype)
+def _seconds(product: Callable[[], object]) -> float:
     seconds = []
     for _ in range(20):
         started = time.perf_counter()
-        torch.mm(x, weight.t(), out=result)
+        product()
         seconds.append(time.perf_counter() - started)
-    return 2 * TOKENS * num_in * num_out / statistics.median(seconds) / 1e9
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

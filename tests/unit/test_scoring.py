@@ -16,7 +16,7 @@ from milepost.evaluation import packing, scoring
 from milepost.evaluation.items import Choice, Item
 from milepost.evaluation.packing import Pair, count_shared, pack_row, plan_batches, plan_rows
 from milepost.evaluation.scoring import score_items, score_pairs
-from milepost.model.head import greedy_ids, log_sum_exp
+from milepost.model.head import Head
 from milepost.model.llama import Llama
 from tests.evaluations import ALONE
 from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model
@@ -215,10 +215,10 @@ def test_log_sum_exp_of_any_range_and_the_first_of_equals(shift: float) -> None:
         torch.cat([weight, torch.full((9, 1), shift)], 1),
     )
     logits = (hidden @ weight.t()).double()
-    found = log_sum_exp(hidden, weight).double()
+    found = Head(weight).log_sum_exp(hidden).double()
     # Relative to the size of the logits: float32 holds 24 bits.
     torch.testing.assert_close(found, logits.logsumexp(dim=1), atol=1e-4, rtol=0)
-    assert greedy_ids(hidden, weight).tolist() == (hidden @ weight.t()).argmax(dim=1).tolist()
+    assert Head(weight).greedy_ids(hidden).tolist() == (hidden @ weight.t()).argmax(dim=1).tolist()
 
 
 def test_a_row_is_a_tree_by_hand() -> None:

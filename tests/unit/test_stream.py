@@ -11,11 +11,11 @@ from milepost.core.errors import DivergedError, UsageError
 from milepost.inference import decoder
 from milepost.inference.decoder import FastDecoder
 from milepost.inference.engine import complete
-from milepost.inference.packed_weight import packed
 from milepost.inference.sampling import Decoding
 from milepost.inference.screened_head import ScreenedHead
 from milepost.inference.stream import SamplingOptions, stream_text, stream_tokens
 from milepost.inference.text_stream import TextStream
+from milepost.model.packed_weight import packed
 from milepost.text.tokenizer import load_tokenizer
 from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model, tiny_tokenizer
 

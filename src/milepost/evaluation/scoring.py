@@ -25,8 +25,9 @@ from milepost.distributed.world import World
 from milepost.evaluation.items import Item
 from milepost.evaluation.packing import Batch, Pair, make_batch, plan_parts
 from milepost.evaluation.tasks import never_stop, tell_nobody
-from milepost.model.head import greedy_ids, log_sum_exp
+from milepost.model.head import Head
 from milepost.model.llama import Llama
+from milepost.model.packed_weight import pack_linears
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def score_items(
 ) -> list[list[float]] | None:
     """Log-likelihood of each choice's target given its context, in nats.
 
-    Every rank must call, every rank gets all. Beside the model (and in 16 bits its weights once
-    more in that dtype) it takes the activations of one batch of `packing.BATCH_TOKENS`.
+    Every rank must call, every rank gets all. Beside the model it takes its weights once more in
+    `compute_dtype` (on a GPU not in float32, on a CPU a large head twice), and the activations of
+    one batch of `packing.BATCH_TOKENS`.
 
     Args:
         model: on any device; its weights are only read.
@@ -166,7 +168,8 @@ def _score(
     wants_greedy: bool,
 ) -> _Scored | None:
     device = model.head_weight.device
-    model = _with_weights_in(compute_dtype, model)
+    model = _laid_out(model, compute_dtype)
+    head = Head(model.head_weight.data)
     inputs = [pair.input_ids for pair in pairs]
     parts = plan_parts(inputs, pairs, device_type=device.type)
     owners = np.zeros(len(pairs), dtype=np.int64)
@@ -190,7 +193,7 @@ def _score(
             tell(num_done / num_batches)
         if is_stopping:
             break
-        found.append(_read(model, batches, hidden, wants_greedy=wants_greedy))
+        found.append(_read(head, batches, hidden, wants_greedy=wants_greedy))
     return _gather(found, owners, is_stopping=is_stopping, world=world, device=device)
 
 
@@ -213,24 +216,22 @@ def _hidden_states(model: Llama, batch: Batch, *, compute_dtype: torch.dtype) ->
 
 
 def _read(
-    model: Llama, batches: Sequence[Batch], hidden: Sequence[Tensor], *, wants_greedy: bool
+    head: Head, batches: Sequence[Batch], hidden: Sequence[Tensor], *, wants_greedy: bool
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Of each answer's token: whose it is, log-likelihood, 1 where it is not the likeliest."""
     starts = itertools.accumulate((len(part) for part in hidden), initial=0)
     read_K = torch.cat([b.read_K + start for b, start in zip(batches, starts, strict=False)])
     target_K = torch.cat([batch.target_K for batch in batches])
     hidden_RD = torch.cat(list(hidden))
-    weight_VD = model.head_weight
-    # The target's logit is not rounded to 16 bits as those of a product are: that makes ties.
-    logits_K = (hidden_RD[read_K].float() * weight_VD[target_K].float()).sum(dim=1)
-    loglikelihoods_K = logits_K - log_sum_exp(hidden_RD, weight_VD)[read_K]
+    logits_K = head.logits_of(target_K, hidden_RD[read_K])
+    loglikelihoods_K = logits_K - head.log_sum_exp(hidden_RD)[read_K]
     if hidden_RD.dtype != torch.float32:
         # It can so be above the sum of the rounded ones. What is not finite stays to be refused.
         is_above_K = (loglikelihoods_K > 0) & loglikelihoods_K.isfinite()
         loglikelihoods_K = loglikelihoods_K.masked_fill(is_above_K, 0.0)
     others_K = torch.zeros_like(loglikelihoods_K)
     if wants_greedy:
-        others_K = (greedy_ids(hidden_RD, weight_VD)[read_K] != target_K).float()
+        others_K = (head.greedy_ids(hidden_RD)[read_K] != target_K).float()
     return np.concatenate([batch.pair_K for batch in batches]), loglikelihoods_K, others_K
 
 
@@ -258,13 +259,19 @@ def _gather(
     return _Scored(chosen[:, 0].tolist(), chosen[:, 1].tolist())
 
 
-def _with_weights_in(dtype: torch.dtype, model: Llama) -> Llama:
-    """The model with its matrices cast once; the norms' vectors stay float32, as they compute."""
-    if dtype == torch.float32:
+def _laid_out(model: Llama, dtype: torch.dtype) -> Llama:
+    """The model with its matrices cast once and, on the CPU, those of its blocks packed.
+
+    The norms' vectors stay float32, as they compute.
+    """
+    on_cpu = model.head_weight.device.type == "cpu"
+    if dtype == torch.float32 and not on_cpu:
         return model
     with torch.device("meta"):
-        cast = Llama(model.config)
+        laid_out = Llama(model.config)
     weights = {name: p if p.ndim == 1 else p.to(dtype) for name, p in model.named_parameters()}
-    cast.load_state_dict(weights, assign=True)
-    cast.model.cos, cast.model.sin = model.model.cos, model.model.sin
-    return cast
+    laid_out.load_state_dict(weights, assign=True)
+    laid_out.model.cos, laid_out.model.sin = model.model.cos, model.model.sin
+    if on_cpu:
+        pack_linears(laid_out.model.layers)
+    return laid_out

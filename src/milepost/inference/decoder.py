@@ -17,10 +17,10 @@ from torch import Tensor
 
 from milepost.config.schema import ModelSection
 from milepost.inference.kv_cache import KVCache
-from milepost.inference.packed_weight import Product, packed
 from milepost.inference.sampling import likeliest_tokens
 from milepost.inference.screened_head import ScreenedHead
 from milepost.model.llama import Block, Llama
+from milepost.model.packed_weight import Product, packed
 
 SMALLEST_SCREENED_BYTES = 8 << 20
 """Of a head; a smaller one is multiplied sooner than screened: 0.4 ms in place of 0.9 for 6 MB

@@ -29,6 +29,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_sharing = config.num_attention_heads // config.num_key_value_heads
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * self.head_dim)
@@ -65,9 +66,8 @@ class Attention(nn.Module):
         elif mask is not None or hidden.dtype == torch.float32:
             # CUDA's kernels share heads only in 16 bits and without a mask; otherwise
             # enable_gqa falls back to one that holds T x T scores.
-            num_sharing = query_BNTH.shape[1] // keys_BGSH.shape[1]
-            keys_BGSH = _repeat_heads(keys_BGSH, times=num_sharing)
-            values_BGSH = _repeat_heads(values_BGSH, times=num_sharing)
+            keys_BGSH = _repeat_heads(keys_BGSH, times=self.num_sharing)
+            values_BGSH = _repeat_heads(values_BGSH, times=self.num_sharing)
         return self._attended(query_BNTH, keys_BGSH, values_BGSH, mask)
 
     def forward_packed(
@@ -92,9 +92,8 @@ class Attention(nn.Module):
         """
         keys_BGTH = rotate(self._heads(self.k_proj(hidden_BTD)), cos, sin)
         values_BGTH = self._heads(self.v_proj(hidden_BTD))
-        num_sharing = self.q_proj.weight.shape[0] // self.k_proj.weight.shape[0]
-        keys_BNTH = _repeat_heads(keys_BGTH, times=num_sharing)
-        values_BNTH = _repeat_heads(values_BGTH, times=num_sharing)
+        keys_BNTH = _repeat_heads(keys_BGTH, times=self.num_sharing)
+        values_BNTH = _repeat_heads(values_BGTH, times=self.num_sharing)
         if places_BQ is not None:
             rows_B1 = torch.arange(len(places_BQ), device=places_BQ.device)[:, None]
             hidden_BTD = hidden_BTD[rows_B1, places_BQ]
