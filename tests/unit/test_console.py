@@ -14,7 +14,7 @@ import pytest
 from milepost.core import console
 from milepost.core.errors import StorageError
 
-PLAN = [sys.executable, "-m", "milepost.cli.main", "plan", "demo", "--json"]
+PLAN = [sys.executable, "-m", "milepost", "plan", "demo", "--json"]
 
 
 def ascii_stream() -> tuple[io.BytesIO, io.TextIOWrapper]:
