@@ -99,7 +99,8 @@ def test_a_base_that_moved_is_said_by_every_verb_in_the_same_words(
     base.rename(tmp_path / "moved")
     error = (
         f"error: {adapter} is an adapter, and its base is not at {base}\n"
-        f"hint: give the folder of its base as the model, with --adapter {adapter}\n"
+        f"hint: give the folder of its base as the model, with --adapter {adapter}, or name it in "
+        "adapter_config.json (base_model_name_or_path)\n"
     )
     verbs = [
         ["chat", str(adapter)],

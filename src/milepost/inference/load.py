@@ -186,7 +186,8 @@ def _base_of(adapter: Path) -> Path:
         where = "does not name its base" if base is None else f"its base is not at {base}"
         raise CheckpointError(
             f"{adapter} is an adapter, and {where}",
-            hint=f"give the folder of its base as the model, with --adapter {adapter}",
+            hint=f"give the folder of its base as the model, with --adapter {adapter}, or name it "
+            f"in {ADAPTER_CONFIG_FILE} (base_model_name_or_path)",
         )
     return base
 
