@@ -208,7 +208,9 @@ def test_a_survivor_that_torchrun_ends_saves_nothing_on_its_way_out(
     talk = end(process)
     assert process.returncode == 1, talk
     saved = [event["step"] for event in events(run, "checkpoint_saved")]
-    assert saved == list(range(10, max(logged_steps(run)) + 1, 10)), "no save out of turn"
+    due = list(range(10, max(logged_steps(run)) + 1, 10))
+    # The last save may have been under way: it is written beside the steps after it.
+    assert saved in (due, due[:-1]), "no save out of turn"
     plain.finish(run)
 
 
