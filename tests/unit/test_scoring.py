@@ -16,6 +16,7 @@ from milepost.evaluation import packing, scoring
 from milepost.evaluation.items import Choice, Item
 from milepost.evaluation.packing import Pair, count_shared, pack_row, plan_batches, plan_rows
 from milepost.evaluation.scoring import score_items, score_pairs
+from milepost.model import packed_weight
 from milepost.model.head import Head
 from milepost.model.llama import Llama
 from tests.evaluations import ALONE
@@ -67,6 +68,17 @@ def scored(model: Llama, items: list[Item], **changes) -> list[list[float]]:
     found = score_items(model, items, **settings)
     assert found is not None
     return found
+
+
+def test_where_no_weight_can_be_packed_the_scores_are_the_same(monkeypatch) -> None:
+    def refuse(*_operands: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("this build of torch has no oneDNN")
+
+    model, items = tiny_model(), made_up_items()
+    by_packed = scored(model, items)
+    monkeypatch.setattr(packed_weight, "_multiplied", refuse)
+    for found, expected in zip(scored(model, items), by_packed, strict=True):
+        assert found == pytest.approx(expected, abs=ATOL)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 1}, {"tie_word_embeddings": True}])

@@ -55,8 +55,8 @@ def score_items(
     """Log-likelihood of each choice's target given its context, in nats.
 
     Every rank must call, every rank gets all. Beside the model it takes its weights once more in
-    `compute_dtype` (on a GPU not in float32, on a CPU a large head twice), and the activations of
-    one batch of `packing.BATCH_TOKENS`.
+    `compute_dtype` (on a GPU not in float32; on a CPU in 16 bits the head's twice), and the
+    activations of one batch of `packing.BATCH_TOKENS`.
 
     Args:
         model: on any device; its weights are only read.
