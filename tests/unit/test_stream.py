@@ -11,6 +11,7 @@ from milepost.core.errors import DivergedError, UsageError
 from milepost.inference import decoder
 from milepost.inference.decoder import FastDecoder
 from milepost.inference.engine import complete
+from milepost.inference.kv_cache import KVCache
 from milepost.inference.sampling import Decoding
 from milepost.inference.screened_head import ScreenedHead
 from milepost.inference.stream import SamplingOptions, stream_text, stream_tokens
@@ -72,6 +73,21 @@ def test_the_fast_decoder_draws_as_the_model_as_it_lies() -> None:
     draws = {"decoding": Decoding(12, 1.0, 40, 0.9), "seeds": [5, 6, 7]}
     fast = FastDecoder(tiny_model(), compute_dtype=torch.float32, vocab_size=VOCAB_SIZE)
     assert _tokens(fast, **draws) == _tokens(tiny_model(), **draws)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fast_decoder_reads_a_prompt_in_parts_as_the_model_does_at_once(dtype) -> None:
+    model, ids = tiny_model(), random_ids(2, 17)
+    expected = model(ids)
+    fast = FastDecoder(model, compute_dtype=dtype, vocab_size=VOCAB_SIZE)
+    cache = KVCache(model.config, num_rows=2, capacity=17, dtype=dtype)
+    parts = [fast.read(part, cache) for part in ids[:, :16].split([9, 1, 6], dim=1)]
+    found = torch.cat(parts, dim=1)
+    # float32 in another order; a few roundings to 8 bits on the way.
+    atol = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.float(), expected[:, :16], atol=atol, rtol=0)
+    last = fast.step(ids[:, 16], cache)
+    torch.testing.assert_close(last.float(), expected[:, 16], atol=atol, rtol=0)
 
 
 def test_the_fast_decoder_leaves_the_model_as_it_computes() -> None:

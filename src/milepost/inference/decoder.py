@@ -2,11 +2,12 @@
 
 With one new token a row a pass reads every weight once and computes little, so what counts is
 how often torch is called and how fast memory is read. The blocks of `FastDecoder` are those of
-`model`, written for one position; `packed` lays a matrix out for it, `ScreenedHead` reads less.
+`model`, with products side by side; `packed` lays a matrix out for it, `ScreenedHead` reads less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -103,12 +104,12 @@ class FastDecoder:
     """Takes a model over for decoding; nothing else may train or change it afterwards.
 
     Its weights are rounded to the compute dtype and laid out side by side, in place; `model` goes
-    on working and computes what it did in that dtype. On the CPU a step has copies of its own: of
-    the blocks' matrices as many bytes again, of a large head a byte a weight for the likeliest
+    on working and computes what it did in that dtype. On the CPU decoding has copies of its own:
+    of the blocks' matrices as many bytes again, of a large head a byte a weight for the likeliest
     token, and once `logits` was asked for as many bytes again as the head has.
 
     Attributes:
-        model: as it is used for prompts.
+        model: for all but decoding.
         config: the architecture.
         compute_dtype: of the forward pass.
     """
@@ -140,23 +141,44 @@ class FastDecoder:
 
     def read(self, ids_BT: Tensor, cache: KVCache) -> Tensor:
         """See `Decoder.read`."""
-        return self.model(ids_BT, compute_dtype=self.compute_dtype, cache=cache)
+        positions_BT, mask = cache.begin(ids_BT.shape[1])
+        cos_BT1H, sin_BT1H = (
+            self._cos[positions_BT][:, :, None],
+            self._sin[positions_BT][:, :, None],
+        )
+
+        def attend(qkv_BTE: Tensor, index: int) -> Tensor:
+            query, keys, values = self._heads(qkv_BTE, cos_BT1H, sin_BT1H)
+            keys_BGSH, values_BGSH = cache.layer(index).extend(
+                keys.transpose(1, 2), values.transpose(1, 2)
+            )
+            attended_BNTH = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                keys_BGSH,
+                values_BGSH,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=True,
+            )
+            return attended_BNTH.transpose(1, 2).flatten(2)
+
+        return self._run(ids_BT, attend, cache)
 
     def step(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         """See `Decoder.step`."""
         positions_B, mask = cache.begin_step()
         cos_B1H, sin_B1H = self._cos[positions_B][:, None], self._sin[positions_B][:, None]
-        hidden_BD = self.model.model.embed_tokens.weight[ids_B]
-        eps = self.config.rms_norm_eps
-        for index, layer in enumerate(self._layers):
-            normed_BD = _norm(hidden_BD, layer.attention_norm, eps)
-            attended_BD = self._attend(layer.qkv(normed_BD), cos_B1H, sin_B1H, mask, cache, index)
-            hidden_BD = hidden_BD + layer.out(attended_BD)
-            normed_BD = _norm(hidden_BD, layer.feed_forward_norm, eps)
-            gate_BF, up_BF = layer.gate_up(normed_BD).chunk(2, dim=1)
-            hidden_BD = hidden_BD + layer.down(F.silu(gate_BF) * up_BF)
-        cache.finish()
-        return _norm(hidden_BD, self.model.model.norm.weight, eps)
+
+        def attend(qkv_BE: Tensor, index: int) -> Tensor:
+            query, keys, values = self._heads(qkv_BE, cos_B1H, sin_B1H)
+            keys_BGSH, values_BGSH = cache.layer(index).extend_step(keys, values)
+            # Queries that share keys stand where positions usually do: nothing is repeated.
+            query_BGQH = query.unflatten(1, (self.config.num_key_value_heads, -1))
+            return F.scaled_dot_product_attention(
+                query_BGQH, keys_BGSH, values_BGSH, attn_mask=mask
+            ).flatten(1)
+
+        return self._run(ids_B, attend, cache)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Decoder.logits`."""
@@ -172,29 +194,31 @@ class FastDecoder:
     def _head(self) -> Product:
         return packed(self._head_VD)
 
-    def _attend(
-        self,
-        qkv_BE: Tensor,
-        cos_B1H: Tensor,
-        sin_B1H: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-        index: int,
-    ) -> Tensor:
-        """[B, N x H]: each query with the keys up to its own."""
+    def _run(self, ids: Tensor, attend: Callable[[Tensor, int], Tensor], cache: KVCache) -> Tensor:
+        """Hidden states [..., D] after the final norm of tokens [...].
+
+        `attend` takes queries, keys and values side by side, and the layer's number.
+        """
+        hidden = self.model.model.embed_tokens.weight[ids]
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(self._layers):
+            attended = attend(layer.qkv(_norm(hidden, layer.attention_norm, eps)), index)
+            hidden = hidden + layer.out(attended)
+            gate, up = layer.gate_up(_norm(hidden, layer.feed_forward_norm, eps)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
+        cache.finish()
+        return _norm(hidden, self.model.model.norm.weight, eps)
+
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., N, H], keys and values [..., G, H], the first two rotated."""
         num_queries, num_keys = self.config.num_attention_heads, self.config.num_key_value_heads
         head_dim = self.config.head_dim
-        heads_BEH = qkv_BE.view(len(qkv_BE), -1, head_dim)
-        turned = heads_BEH[:, : num_queries + num_keys].float()
-        turned = turned * cos_B1H + turned.roll(head_dim // 2, dims=2) * sin_B1H
-        turned = turned.to(qkv_BE.dtype)
-        keys_BGSH, values_BGSH = cache.layer(index).extend_step(
-            turned[:, num_queries:], heads_BEH[:, num_queries + num_keys :]
-        )
-        # Queries that share keys stand where positions usually do: nothing is repeated.
-        query = turned[:, :num_queries].unflatten(1, (num_keys, -1))
-        attended = F.scaled_dot_product_attention(query, keys_BGSH, values_BGSH, attn_mask=mask)
-        return attended.flatten(1)
+        heads = qkv.unflatten(-1, (-1, head_dim))
+        turned = heads[..., : num_queries + num_keys, :].float()
+        turned = turned * cos + turned.roll(head_dim // 2, dims=-1) * sin
+        turned = turned.to(qkv.dtype)
+        values = heads[..., num_queries + num_keys :, :]
+        return turned[..., :num_queries, :], turned[..., num_queries:, :], values
 
 
 def _laid_out(block: Block) -> _Layer:
@@ -219,8 +243,8 @@ def _side_by_side(layers: list[torch.nn.Module]) -> Tensor:
     return together
 
 
-def _norm(hidden_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def _norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """As `layers.RMSNorm`, operation by operation, so that the bits are equal."""
-    wide_BD = hidden_BD.float()
-    scale_B1 = wide_BD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide_BD * scale_B1).mul_(weight_D).to(hidden_BD.dtype)
+    wide = hidden.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight_D).to(hidden.dtype)
