@@ -27,24 +27,10 @@ from milepost.model.lora import (
     set_lora_state,
 )
 from milepost.train.gradients import LaneGradients
-from tests.adapters import save_adapter
+from tests.adapters import adapted, save_adapter
 from tests.tiny_models import random_ids, tiny_model
 
 IDS = random_ids(2, 24)
-
-
-def adapted(
-    *, seed: int = 1, targets: tuple[str, ...] = LORA_TARGETS, filled: bool = True
-) -> Llama:
-    """The tiny model with additions of rank 4; filled ones change what it computes."""
-    model = tiny_model(seed=seed)
-    add_lora(model, rank=4, alpha=8, dropout=0.0, targets=targets, seed=3)
-    if filled:
-        generator = torch.Generator().manual_seed(4)
-        for name, tensor in lora_state(model).items():
-            if ".lora_B." in name:
-                tensor.normal_(0, 0.1, generator=generator)
-    return model
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from milepost.core.errors import DivergedError, UsageError
 from milepost.inference import engine
 from milepost.inference.engine import complete
 from milepost.inference.sampling import Decoding, next_token
+from tests.adapters import adapted
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
@@ -135,6 +136,22 @@ def test_a_completion_ends_at_the_end_of_text_token(tmp_path) -> None:
     for completion in complete(model, tokenizer, ["The", ""], max_new_tokens=5):
         assert completion.token_ids == [] and completion.text == ""
         assert completion.stopped == "end_of_text"
+
+
+@pytest.mark.parametrize("make", [tiny_model, adapted])
+def test_completing_leaves_the_model_as_it_was(tmp_path, make) -> None:
+    model, tokenizer = make(), tiny_tokenizer(tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    first = complete(model, tokenizer, ["It was"], max_new_tokens=6, compute_dtype=torch.bfloat16)
+    assert (
+        complete(model, tokenizer, ["It was"], max_new_tokens=6, compute_dtype=torch.bfloat16)
+        == first
+    )
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(after[name].dtype == value.dtype for name, value in before.items())
 
 
 def test_the_context_ends_a_completion_and_refuses_a_prompt_that_fills_it(tmp_path) -> None:

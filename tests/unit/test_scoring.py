@@ -19,6 +19,7 @@ from milepost.evaluation.scoring import score_items, score_pairs
 from milepost.model import packed_weight
 from milepost.model.head import Head
 from milepost.model.llama import Llama
+from tests.adapters import adapted
 from tests.evaluations import ALONE
 from tests.tiny_models import VOCAB_SIZE, random_ids, tiny_model
 
@@ -68,6 +69,19 @@ def scored(model: Llama, items: list[Item], **changes) -> list[list[float]]:
     found = score_items(model, items, **settings)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loras_additions_take_part_and_stay_as_they_are(dtype) -> None:
+    model, items = adapted(), made_up_items()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = one_at_a_time(model, items)
+    assert expected != one_at_a_time(tiny_model(), items)
+    # bfloat16 rounds each of up to 48 tokens' hidden states to 8 bits.
+    atol = ATOL if dtype == torch.float32 else 0.5
+    for found, wanted in zip(scored(model, items, compute_dtype=dtype), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=atol)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_where_no_weight_can_be_packed_the_scores_are_the_same(monkeypatch) -> None:

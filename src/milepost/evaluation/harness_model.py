@@ -18,7 +18,7 @@ from milepost.core.errors import UsageError
 from milepost.distributed.world import World
 from milepost.evaluation.packing import Pair
 from milepost.evaluation.scoring import PairScore, score_pairs
-from milepost.inference.engine import continue_likeliest
+from milepost.inference.engine import continue_likeliest, decoder_beside
 from milepost.model.llama import Llama
 from milepost.text.tokenizer import Tokenizer
 
@@ -130,9 +130,12 @@ class HarnessModel(TemplateLM):
         """
         wishes = [_Wish(place, request.args, self) for place, request in enumerate(requests)]
         texts = [""] * len(wishes)
+        decoder = decoder_beside(
+            self._llama, compute_dtype=self._compute_dtype, vocab_size=self._text.vocab_size
+        )
         for batch in _batches(wishes):
             found = continue_likeliest(
-                self._llama,
+                decoder,
                 self._text,
                 [wish.prompt_ids for wish in batch],
                 max_new_tokens=batch[0].max_new_tokens,

@@ -22,7 +22,8 @@ from milepost.evaluation.metrics import item_results, majority
 from milepost.evaluation.questions import Question, questions_sha256
 from milepost.evaluation.scoring import score_items
 from milepost.evaluation.tasks import never_stop, tell_nobody
-from milepost.inference.engine import continue_likeliest
+from milepost.inference.decoder import FastDecoder
+from milepost.inference.engine import continue_likeliest, decoder_beside
 from milepost.model.llama import Llama
 from milepost.text.tokenizer import Tokenizer
 
@@ -150,6 +151,9 @@ class ReasonedBoolq:
             DivergedError: on every rank, where the logits were not finite on one.
         """
         batches = self._batches()[world.rank :: world.size]
+        decoder = decoder_beside(
+            model, compute_dtype=compute_dtype, vocab_size=tokenizer.vocab_size
+        )
         written = torch.full((self.num_items, MAX_REASON_TOKENS), -1, dtype=torch.int64)
         is_stopping = False
         failure: DivergedError | None = None
@@ -157,7 +161,7 @@ class ReasonedBoolq:
             if is_stopping := stop_requested():
                 break
             try:
-                continued = self._continue(model, tokenizer, batch, compute_dtype=compute_dtype)
+                continued = self._continue(decoder, tokenizer, batch, compute_dtype=compute_dtype)
             except DivergedError as error:  # the other ranks wait below
                 failure = error
                 break
@@ -177,14 +181,14 @@ class ReasonedBoolq:
 
     def _continue(
         self,
-        model: Llama,
+        decoder: Llama | FastDecoder,
         tokenizer: Tokenizer,
         batch: Sequence[int],
         *,
         compute_dtype: torch.dtype,
     ) -> list[list[int]]:
         return continue_likeliest(
-            model,
+            decoder,
             tokenizer,
             [self.prompts_ids[number] for number in batch],
             max_new_tokens=MAX_REASON_TOKENS,

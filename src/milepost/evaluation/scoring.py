@@ -25,6 +25,7 @@ from milepost.distributed.world import World
 from milepost.evaluation.items import Item
 from milepost.evaluation.packing import Batch, Pair, make_batch, plan_parts
 from milepost.evaluation.tasks import never_stop, tell_nobody
+from milepost.model.frozen_copy import frozen_copy
 from milepost.model.head import Head
 from milepost.model.llama import Llama
 from milepost.model.packed_weight import pack_linears
@@ -260,18 +261,11 @@ def _gather(
 
 
 def _laid_out(model: Llama, dtype: torch.dtype) -> Llama:
-    """The model with its matrices cast once and, on the CPU, those of its blocks packed.
-
-    The norms' vectors stay float32, as they compute.
-    """
+    """The model with its matrices cast once and, on the CPU, those of its blocks packed."""
     on_cpu = model.head_weight.device.type == "cpu"
     if dtype == torch.float32 and not on_cpu:
         return model
-    with torch.device("meta"):
-        laid_out = Llama(model.config)
-    weights = {name: p if p.ndim == 1 else p.to(dtype) for name, p in model.named_parameters()}
-    laid_out.load_state_dict(weights, assign=True)
-    laid_out.model.cos, laid_out.model.sin = model.model.cos, model.model.sin
+    laid_out = frozen_copy(model, dtype)
     if on_cpu:
         pack_linears(laid_out.model.layers)
     return laid_out

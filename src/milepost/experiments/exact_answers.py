@@ -17,7 +17,7 @@ from milepost.config.schema import Config
 from milepost.core.console import progress
 from milepost.core.files import sha256_of_json
 from milepost.experiments.address_questions import AddressQuestions, Question
-from milepost.inference.engine import continue_likeliest
+from milepost.inference.engine import continue_likeliest, decoder_beside
 from milepost.inference.load import LoadedModel, load_model
 from milepost.posttrain.finetuning import question_ids
 from milepost.posttrain.instructions import read_conversations, split_held_out
@@ -144,16 +144,18 @@ def _answers(loaded: LoadedModel, texts: Sequence[str], *, what: str, config: Co
     """A model's answer to each question, in batches of fixed rows, so that bits stay."""
     assert config.finetune.template is not None
     template, tokenizer = load_template(config.finetune.template), loaded.tokenizer
+    dtype = DTYPES[config.train.precision]
+    decoder = decoder_beside(loaded.model, compute_dtype=dtype, vocab_size=tokenizer.vocab_size)
     answers: list[str] = []
     with progress(what, total=len(texts)) as bar:
         for start in range(0, len(texts), _ROWS_AT_ONCE):
             batch = texts[start : start + _ROWS_AT_ONCE]
             written = continue_likeliest(
-                loaded.model,
+                decoder,
                 tokenizer,
                 [question_ids(text, template=template, tokenizer=tokenizer) for text in batch],
                 max_new_tokens=config.finetune.max_new_tokens,
-                compute_dtype=DTYPES[config.train.precision],
+                compute_dtype=dtype,
             )
             answers += [tokenizer.decode(ids).strip() for ids in written]
             bar.update(len(answers))

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from milepost.core.errors import UsageError
+from milepost.inference.decoder import FastDecoder
 from milepost.inference.sampling import Decoding
 from milepost.inference.stream import END_OF_TEXT, NewToken, row_seeds, stream_tokens
+from milepost.model.frozen_copy import frozen_copy
 from milepost.model.llama import Llama
+from milepost.model.lora import has_lora
 from milepost.text.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 16
@@ -75,6 +78,7 @@ def complete(
     """
     decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
     prompts_ids = _ids_of(prompts, tokenizer, context=model.config.max_position_embeddings)
+    decoder = decoder_beside(model, compute_dtype=compute_dtype, vocab_size=tokenizer.vocab_size)
     seeds = row_seeds(prompts, seed=seed)
     written: dict[int, _Written] = {}
     # Neighbors of similar length waste the least padding.
@@ -82,7 +86,7 @@ def complete(
     for start in range(0, len(prompts), _ROWS_AT_ONCE):
         batch = by_length[start : start + _ROWS_AT_ONCE]
         steps = stream_tokens(
-            model,
+            decoder,
             [prompts_ids[place] for place in batch],
             decoding,
             end_ids=frozenset({tokenizer.end_of_text_id}),
@@ -97,8 +101,22 @@ def complete(
     ]
 
 
+def decoder_beside(
+    model: Llama, *, compute_dtype: torch.dtype, vocab_size: int
+) -> Llama | FastDecoder:
+    """What `stream_tokens` decodes a model with that others may go on to train afterwards.
+
+    On the CPU a `FastDecoder` of a copy, good until the model changes; with LoRA's additions, and
+    on a GPU, where a copy would want memory that training counts on, the model itself.
+    """
+    if model.head_weight.device.type != "cpu" or has_lora(model):
+        return model
+    copied = frozen_copy(model, compute_dtype)
+    return FastDecoder(copied, compute_dtype=compute_dtype, vocab_size=vocab_size)
+
+
 def continue_likeliest(
-    model: Llama,
+    model: Llama | FastDecoder,
     tokenizer: Tokenizer,
     prompts_ids: Sequence[Sequence[int]],
     *,
@@ -112,7 +130,7 @@ def continue_likeliest(
     gives the same batch.
 
     Args:
-        model: on any device.
+        model: on any device; see `decoder_beside`.
         tokenizer: the one the model was trained with.
         prompts_ids: token ids of each prompt, with whatever stands before a text; not empty,
             shorter than the model's context.

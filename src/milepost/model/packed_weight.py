@@ -48,11 +48,14 @@ def _multiplied(packed_OI: Tensor, x: Tensor) -> Tensor:
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replaces each `Linear` in a module, whose weights do not change any more, by its product."""
+    """Replaces each `Linear` in a module, whose weights do not change any more, by its product.
+
+    One with an addition beside its weight (`lora.LoraLinear`) stays as it is.
+    """
     for name, child in module.named_children():
-        if isinstance(child, Linear):
+        if type(child) is Linear:
             setattr(module, name, _Packed(packed(child.weight.data)))
-        else:
+        elif not isinstance(child, Linear):
             pack_linears(child)
 
 
