@@ -244,7 +244,7 @@ def _launch(model: Path, *, ranks: int | None, words: Sequence[str]) -> None:
 
 
 def _model_bytes(model: Path) -> int:
-    """Memory of one rank's models: the one that is scored and the one that is read meanwhile.
+    """Memory of one rank's models: scored, packed for the CPU's products, and read meanwhile.
 
     From the sizes of the files, as float32 if they hold two bytes a weight.
     """
@@ -253,7 +253,7 @@ def _model_bytes(model: Path) -> int:
 
     folders = checkpoint_folders(RunLayout(model)) if is_run(model) else [(0, model)]
     files = [file for _, folder in folders[-1:] for file in folder.glob("*.safetensors")]
-    return 2 * 2 * sum(file.stat().st_size for file in files)
+    return 3 * 2 * sum(file.stat().st_size for file in files)
 
 
 @contextlib.contextmanager
